@@ -1,0 +1,106 @@
+"""Megatron's self-attention with FoPE: the seam between the host and everything else here."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from megatron_fope.config import FoPEConfig
+from megatron_fope.embedding import FourierEmbedding
+from megatron_fope.errors import UserError
+
+_FORWARD_SIGNATURE = inspect.signature(SelfAttention.forward)
+_CONTEXT_ARGUMENTS = ("packed_seq_params", "inference_context", "inference_params")
+
+
+class FoPESelfAttention(SelfAttention):
+    """``SelfAttention`` whose queries and keys are rotated by Fourier series.
+
+    Megatron hands out query and key in ``get_query_key_value_tensors``: after the query/key normalisation
+    and the tensor-parallel split, before the key-value cache and before packed sequences lose their dummy
+    batch dimension. They are rotated there; ``forward`` itself is the host's. Constructor arguments this
+    class does not know are passed on, so that a newer Megatron may add some.
+
+    Args:
+        config: ``TransformerConfig``.
+        submodules: ``SelfAttentionSubmodules``.
+        layer_number: global number of the layer, from 1.
+        *args: the host's.
+        fope: FoPE's settings; travels in the spec's ``params`` because extra attributes on ``config`` do
+            not survive every path on which Megatron copies it.
+        fope_stack: "decoder" or "mtp".
+        **kwargs: the host's.
+
+    Raises:
+        UserError: a host setting that cannot go with FoPE.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: Any,
+        layer_number: int,
+        *args: Any,
+        fope: FoPEConfig,
+        fope_stack: str = "decoder",
+        **kwargs: Any,
+    ) -> None:
+        check_host_config(config)
+        super().__init__(config, submodules, layer_number, *args, **kwargs)
+        # Layers without position embedding (no_rope_freq) keep the coefficients unused: Megatron stacks
+        # the layers of a checkpoint into one tensor, which needs the same keys in all of them.
+        self.fope = FourierEmbedding(
+            config, fope, layer=layer_number, stack=fope_stack, tp_group=self.pg_collection.tp
+        )
+        self.fope_rotates = not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
+        self._call: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The host's ``forward``; remembers what decides the tokens' positions while it runs."""
+        call = kwargs
+        if len(args) > 1:  # Megatron itself passes everything behind attention_mask by keyword
+            call = _FORWARD_SIGNATURE.bind(self, hidden_states, *args, **kwargs).arguments
+        previous, self._call = self._call, {name: call.get(name) for name in _CONTEXT_ARGUMENTS}
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            self._call = previous
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's query, key, value (and output gate), with query and key rotated."""
+        query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
+        if self.fope_rotates:
+            query, key = self.fope(
+                query,
+                key,
+                cp_group=self.pg_collection.cp,
+                packed_seq_params=self._call.get("packed_seq_params"),
+                inference_context=self._call.get("inference_context") or self._call.get("inference_params"),
+            )
+        return query, key, *rest
+
+
+def check_host_config(config: Any) -> None:
+    """Refuse model settings under which queries and keys would not pass through the seam.
+
+    Args:
+        config: ``TransformerConfig``, or any object with its fields.
+
+    Raises:
+        UserError: naming Megatron's flag.
+    """
+
+    def refuse(field: str, flag: str, why: str) -> None:
+        if getattr(config, field, False):
+            raise UserError(f"{flag} is given, but FoPE {why}; leave it out with FoPE")
+
+    refuse(
+        "multi_latent_attention", "--multi-latent-attention", "does not support multi-latent attention yet"
+    )
+    refuse("rotary_interleaved", "--rotary-interleaved", "pairs channel j with j + head_dim/2")
+    refuse("apply_rope_fusion", "--apply-rope-fusion", "cannot use RoPE's fused kernel")
+    refuse("fused_single_qkv_rope", "--fused-single-qkv-rope", "cannot use RoPE's fused kernel")
+    refuse("mrope_section", "--mrope-section", "has no multimodal sections")

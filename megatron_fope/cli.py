@@ -1,0 +1,75 @@
+"""``megatron-fope`` and ``python -m megatron_fope``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_fope import __version__
+from megatron_fope.errors import UserError, exit_on_user_error
+
+_USAGE = """\
+megatron-fope [--cpu] SCRIPT.py [Megatron's arguments]   run a Megatron training script with FoPE available
+megatron-fope [--cpu] pretrain [Megatron's arguments]    GPT pre-training from the megatron-core wheel alone
+megatron-fope prepare-data ...                           text to Megatron's .bin/.idx
+megatron-fope evaluate-perplexity ...                    perplexity of checkpoints over context lengths
+"""
+_DESCRIPTION = """\
+Training runs one process per rank: torchrun --nproc-per-node N -m megatron_fope ...
+Switch FoPE on with --position-embedding-type fope; `megatron-fope pretrain --help` lists the --fope-* flags.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the command.
+
+    Args:
+        argv: arguments without the program's name; None takes them from ``sys.argv``.
+
+    Returns:
+        Exit code; bad input exits with 2 after one line on standard error.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with exit_on_user_error():
+        return _dispatch(argv)
+    return 2
+
+
+def _dispatch(argv: list[str]) -> int:
+    cpu = bool(argv) and argv[0] == "--cpu"
+    if cpu:
+        argv = argv[1:]
+    if argv and argv[0].endswith(".py"):
+        from megatron_fope.launch import run_script
+
+        run_script(argv[0], argv[1:], cpu=cpu)
+        return 0
+    if argv and argv[0] == "pretrain":
+        from megatron_fope.launch import run_pretraining
+
+        run_pretraining([a for a in argv[1:] if a != "--cpu"], cpu=cpu or "--cpu" in argv)
+        return 0
+    if cpu and not (argv and argv[0] == "evaluate-perplexity"):
+        raise UserError("--cpu goes in front of a training script or 'pretrain'")
+    parser = argparse.ArgumentParser(
+        prog="megatron-fope",
+        usage=_USAGE,
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-fope {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    from megatron_fope.data import prepare
+    from megatron_fope.evaluation import command as evaluation
+
+    prepare.add_arguments(commands.add_parser("prepare-data", help="text to Megatron's .bin/.idx"))
+    evaluation.add_arguments(
+        commands.add_parser("evaluate-perplexity", help="perplexity of checkpoints over context lengths")
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.command == "prepare-data":
+        return prepare.run(arguments)
+    if arguments.command == "evaluate-perplexity":
+        return evaluation.run(arguments)
+    parser.print_help()
+    return 2

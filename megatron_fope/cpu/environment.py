@@ -1,0 +1,26 @@
+"""Environment variables that the CPU runtime needs; free of heavy imports."""
+
+from __future__ import annotations
+
+import os
+
+
+def local_world_size() -> int:
+    """Processes of this job on this machine (1 without ``torchrun``)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def default_num_threads() -> int:
+    """An equal share of the cores this process may use, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size())
+
+
+def prepare_environment() -> None:
+    """Set what the user has not set.
+
+    ``CUDA_DEVICE_MAX_CONNECTIONS``: Megatron asserts the value 1 as soon as tensor or context parallelism
+    is on, although nothing reads it here. ``OMP_NUM_THREADS``: without it every rank starts one thread
+    per core, and several ranks on one machine slow each other down many times over.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(default_num_threads()))

@@ -1,0 +1,173 @@
+"""The module that holds one layer's Fourier coefficients and rotates its queries and keys."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_fope import functional
+from megatron_fope.config import FoPEConfig
+from megatron_fope.positions import local_positions
+
+ROTATION_PATH = "PyTorch, float32 arithmetic"
+"""Which implementation rotates queries and keys; there is one so far."""
+
+
+class FourierEmbedding(MegatronModule):
+    """FoPE for one attention layer, under any tensor-parallel layout.
+
+    Every rank keeps the coefficients of all KV heads (a few hundred KB per layer) and uses its own slice:
+    the checkpoint then holds one replicated tensor that any other layout reads as it is, also when there
+    are fewer KV heads than tensor-parallel ranks.
+
+    Args:
+        config: the layer's ``TransformerConfig``.
+        fope: FoPE's settings.
+        layer: global ``layer_number``, from 1.
+        stack: "decoder" or "mtp"; see :meth:`FoPEConfig.make_coefficients`.
+        tp_group: tensor-parallel process group, or None.
+
+    Raises:
+        UserError: the settings do not fit the model.
+    """
+
+    def __init__(
+        self, config: Any, fope: FoPEConfig, *, layer: int, stack: str = "decoder", tp_group: Any = None
+    ):
+        super().__init__(config)
+        self.fope = fope
+        self.tp_group = tp_group
+        self.head_dim = config.kv_channels
+        self.num_kv_heads = config.num_query_groups
+        self.register_buffer("inv_freq", fope.inv_freq(self.head_dim), persistent=False)
+        coefficients = fope.make_coefficients(self.num_kv_heads, self.head_dim, layer=layer, stack=stack)
+        for name, value in coefficients.items():
+            if fope.learnable:
+                self.register_parameter(name, torch.nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+        self.coefficient_names = tuple(coefficients)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourierEmbedding:
+        """Move with the model, but stay float32 and bit-equal when it is cast to 16 bit.
+
+        ``Float16Module`` and DeepSpeed cast whole modules, buffers included. A cast there and back would
+        lose bits, so what was cast is put back from the tensor it had before.
+        """
+        before = {name: tensor.data for name, tensor in self._own_tensors()}
+        super()._apply(fn, recurse)
+        for name, tensor in self._own_tensors():
+            if tensor.dtype != before[name].dtype:
+                tensor.data = before[name].to(tensor.device)
+        return self
+
+    def _own_tensors(self) -> list[tuple[str, Tensor]]:
+        return [*self._parameters.items(), *self._buffers.items()]
+
+    def coefficients(self) -> dict[str, Tensor]:
+        """This rank's share: ``{name: [local KV heads, D_in, D_out]}`` (``[D_in, D_out]`` when heads share).
+
+        Learnable coefficients get the sum of all tensor-parallel ranks' gradients, because every rank
+        holds all heads but only its own heads produce a gradient.
+        """
+        local = {name: getattr(self, name) for name in self.coefficient_names}
+        tp_size = self.tp_group.size() if self.tp_group is not None else 1
+        if tp_size == 1:
+            return local
+        if self.fope.learnable:
+            local = {
+                k: copy_to_tensor_model_parallel_region(v, group=self.tp_group) for k, v in local.items()
+            }
+        if not self.fope.separate_heads:
+            return local
+        heads_per_rank = max(1, self.num_kv_heads // tp_size)
+        start = self.tp_group.rank() * self.num_kv_heads // tp_size
+        return {name: value[start : start + heads_per_rank] for name, value in local.items()}
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        cp_group: Any = None,
+        packed_seq_params: Any = None,
+        inference_context: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate queries and keys.
+
+        Args:
+            query: ``[s, b, local query heads, head_dim]``; ``b`` is 1 for packed sequences and ``s`` counts
+                requests under dynamic batching.
+            key: ``[s, b, local KV heads, head_dim]``.
+            cp_group: context-parallel group of the layer.
+            packed_seq_params: Megatron's, or None.
+            inference_context: Megatron's, or None.
+
+        Returns:
+            Rotated query and key, same shapes and dtypes, new tensors.
+        """
+        if self.inv_freq.device != query.device:
+            self.to(query.device)  # built on the CPU and not moved with the model; happens once
+        sin_basis, cos_basis = self._basis(query, cp_group, packed_seq_params, inference_context)
+        sin, cos = self.fope.mix(sin_basis, cos_basis, self.coefficients(), self.head_dim)
+        sin, cos = sin.unsqueeze(1), cos.unsqueeze(1)  # [s, 1, H, half]
+        return functional.apply_fourier_rotary(query, sin, cos), functional.apply_fourier_rotary(
+            key, sin, cos
+        )
+
+    def _basis(self, query: Tensor, cp_group: Any, packed: Any, context: Any) -> tuple[Tensor, Tensor]:
+        def build() -> tuple[Tensor, Tensor]:
+            positions = local_positions(
+                query.size(0),
+                cp_group=cp_group,
+                packed_seq_params=packed,
+                inference_context=context,
+                device=query.device,
+            )
+            return functional.fourier_basis(positions, self.inv_freq)
+
+        if packed is not None or context is not None:
+            return build()
+        cp = (cp_group.rank(), cp_group.size()) if cp_group is not None else (0, 1)
+        return _BASIS_CACHE.get((self.fope, self.head_dim, query.device, query.size(0), cp), build)
+
+
+class _BasisCache:
+    """sin and cos of plain training positions, shared by all layers: the most recent few."""
+
+    def __init__(self, size: int = 4) -> None:
+        self._size = size
+        self._entries: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def get(self, key: Any, build: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        # A tensor made in inference mode could not be saved for backward by a later training step.
+        with torch.inference_mode(False), torch.no_grad():
+            entry = build()
+        if _is_capturing():
+            return entry  # memory of a CUDA graph's private pool must not outlive the capture
+        self._entries[key] = entry
+        if len(self._entries) > self._size:
+            self._entries.popitem(last=False)
+        return entry
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    return torch.version.cuda is not None and torch.cuda.is_available()
+
+
+def _is_capturing() -> bool:
+    return _has_cuda() and torch.cuda.is_current_stream_capturing()
+
+
+_BASIS_CACHE = _BasisCache()

@@ -1,0 +1,445 @@
+"""The FoPE formula, written once: pure functions that everything else calls or is tested against.
+
+FoPE (Hua et al., *Fourier Position Embedding*, arXiv 2412.17739) keeps RoPE's rotation of channel pairs and
+replaces the angle functions of each pair by a short Fourier series. Per head ``h``, position ``m`` and
+output channel ``j``::
+
+    S[m, h, j] = sum_i sin(m * w_i) * sin_coef[h, i, j]          (paper, section 4)
+    C[m, h, j] = sum_i cos(m * w_i) * cos_coef[h, i, j]
+
+    out[j]        = x[j] * C[j] - x[j + half] * S[j]
+    out[j + half] = x[j + half] * C[j] + x[j] * S[j]
+
+The ``D_in`` frequencies ``w_i`` are RoPE's, without those too slow to complete one cycle within the training
+length. Channel pairs that get no series (``j >= D_out``) use a constant ``(sin, cos)``, the padding.
+
+Letters in shapes: ``T`` positions, ``H`` coefficient heads (KV heads; 1 where heads share), ``D_in``
+frequencies, ``D_out`` series, ``half`` = head_dim / 2 channel pairs. Channel ``j`` is paired with ``j + half``
+(NeoX halves, never interleaved).
+
+The precision of a computation is the dtype of its frequencies: float32 reproduces every published
+implementation, float64 is used for exact angles and for gradient checks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+INITIALIZATIONS = (
+    "eye",
+    "eye_norm",
+    "eye_xavier_norm",
+    "eye_xavier_uniform",
+    "xavier_norm",
+    "xavier_uniform",
+)
+"""Values of ``fourier_init`` in the authors' code (``olmo/model.py: FourierEmbedding``)."""
+
+
+# Frequencies ------------------------------------------------------------------------------------------
+
+
+def inverse_frequencies(dim: int, base: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """RoPE's angular frequencies ``1 / base^(2i/dim)``, in decreasing order.
+
+    Always computed on the CPU: ``pow`` differs by units in the last place between devices, and one unit
+    can change how many frequencies pass the floor and with it the shape of the coefficients.
+
+    Args:
+        dim: number of channels the frequencies are spread over; even.
+        base: rotary base (theta).
+        dtype: float32 as published, float64 for exact angles.
+
+    Returns:
+        ``[dim / 2]`` on CPU, radians per position.
+    """
+    exponent = torch.arange(0, dim, 2, dtype=dtype, device="cpu") / dim
+    return 1.0 / (base**exponent)
+
+
+def floor_frequency(train_length: int, floor_ratio: float = 1.0) -> float:
+    """The slowest useful frequency: one whole cycle within ``train_length`` positions, times a ratio.
+
+    Returns:
+        ``2 pi / train_length * floor_ratio`` in radians per position (paper, section 4.2).
+    """
+    return 2 * math.pi / train_length * floor_ratio
+
+
+def frequency_mask(
+    inv_freq: Tensor,
+    floor: float | None,
+    *,
+    strict: bool = False,
+    num_inv_freq: int | None = None,
+) -> Tensor:
+    """Which frequencies are kept.
+
+    Args:
+        inv_freq: ``[n]`` frequencies in decreasing order.
+        floor: smallest frequency kept, or None to keep all.
+        strict: keep ``w > floor`` (XTuner and the serving engines) instead of ``w >= floor`` (authors).
+            The two differ only where both round to the same float32; that happens for real settings.
+        num_inv_freq: keep exactly the first so many and do not look at the floor (XTuner).
+
+    Returns:
+        ``[n]`` bool.
+    """
+    if num_inv_freq is not None:
+        return torch.arange(inv_freq.numel(), device=inv_freq.device) < num_inv_freq
+    if floor is None:
+        return torch.ones_like(inv_freq, dtype=torch.bool)
+    return inv_freq > floor if strict else inv_freq >= floor
+
+
+def interpolate_frequencies(inv_freq: Tensor, ratio: float) -> Tensor:
+    """Position interpolation: every frequency times ``ratio`` = original length / new length."""
+    return inv_freq * ratio
+
+
+def yarn_frequencies(
+    inv_freq: Tensor,
+    dim: int,
+    base: float,
+    *,
+    original_length: int,
+    scale: float,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    extrapolation_factor: float = 1.0,
+) -> Tensor:
+    """YaRN's by-parts interpolation: fast frequencies stay, slow ones are divided by ``scale``.
+
+    Only the frequencies; YaRN's attention temperature is a separate factor (see
+    :func:`yarn_attention_scaling`). ``inv_freq`` may be RoPE's list with some entries set to zero or cut
+    off at the end: position in the list decides.
+
+    Args:
+        inv_freq: ``[n]``, ``n <= dim / 2``.
+        dim: channels the full list belongs to.
+        base: rotary base.
+        original_length: training length before extension, positions.
+        scale: length ratio.
+        beta_fast: cycles within ``original_length`` above which a frequency is kept as it is.
+        beta_slow: cycles below which it is fully interpolated.
+        extrapolation_factor: weight of the unscaled part (``len_extra_yarn_factor`` upstream).
+
+    Returns:
+        ``[n]``, dtype of ``inv_freq``.
+    """
+
+    def index_of(cycles: float) -> float:
+        return dim * math.log(original_length / (cycles * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(index_of(beta_fast)), 0)
+    high: float = min(math.ceil(index_of(beta_slow)), dim - 1)
+    if low == high:
+        high += 0.001
+    index = torch.arange(inv_freq.numel(), dtype=inv_freq.dtype, device=inv_freq.device)
+    ramp = ((index - low) / (high - low)).clamp(0, 1)
+    keep = (1 - ramp) * extrapolation_factor
+    return (inv_freq / scale) * (1 - keep) + inv_freq * keep
+
+
+def yarn_attention_scaling(scale: float) -> float:
+    """YaRN's temperature ``0.1 ln(scale) + 1``, multiplied into both cos and sin (XTuner, transformers)."""
+    return 1.0 if scale <= 1 else 0.1 * math.log(scale) + 1.0
+
+
+def llama3_frequencies(
+    inv_freq: Tensor,
+    *,
+    original_length: int,
+    scale: float,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+) -> Tensor:
+    """Llama 3's scaling, what Megatron applies under ``--use-rope-scaling``.
+
+    Wavelengths longer than ``original_length / low_freq_factor`` are divided by ``scale``, those shorter
+    than ``original_length / high_freq_factor`` are kept, the rest is blended linearly.
+
+    Args:
+        inv_freq: ``[n]``; zeros stay zero.
+        original_length: training length before extension, positions.
+        scale: length ratio.
+        low_freq_factor: cycles within ``original_length`` at or below which a frequency is fully scaled.
+        high_freq_factor: cycles above which it is kept.
+
+    Returns:
+        ``[n]``, dtype of ``inv_freq``.
+    """
+    cycles = original_length * inv_freq / (2 * math.pi)
+    smooth = (cycles - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    blended = (1 - smooth) * inv_freq / scale + smooth * inv_freq
+    return torch.where(
+        cycles < low_freq_factor,
+        inv_freq / scale,
+        torch.where(cycles > high_freq_factor, inv_freq, blended),
+    )
+
+
+# Coefficients -----------------------------------------------------------------------------------------
+
+
+def step_eye(d_in: int, d_out: int) -> Tensor:
+    """The identity of the authors' code for a basis that may be wider than the output.
+
+    ``E[i * s, i] = 1`` with ``s = ceil(d_in / d_out)`` while the row exists. When ``d_in`` is only a little
+    larger than ``d_out``, almost half of the outputs get no identity entry; that is upstream behaviour
+    (``FourierEmbedding.get_step_eye``) and part of the paper's runs at 1024 tokens.
+
+    Returns:
+        ``[d_in, d_out]`` float32 on CPU.
+    """
+    step = math.ceil(d_in / d_out)
+    eye = torch.zeros(d_in, d_out, device="cpu")
+    columns = torch.arange(min(d_out, math.ceil(d_in / step)), device="cpu")
+    eye[columns * step, columns] = 1.0
+    return eye
+
+
+def init_coefficients(
+    shape: tuple[int, ...], init: str, gain: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """One coefficient matrix as the authors' code creates it.
+
+    ``torch.nn.init.xavier_*`` reads the fans of a 3-D tensor as a convolution's, so the spread depends on
+    the number of heads: always draw the full head count and slice afterwards, never a rank's share.
+
+    Args:
+        shape: ``(H, D_in, D_out)``, or ``(D_in, D_out)`` when heads share.
+        init: one of :data:`INITIALIZATIONS`. Without ``eye`` there is no identity and ``gain`` is ignored.
+        gain: spread of the noise around the identity; 0.3, 0.4, 0.6 in the paper's configurations.
+        generator: CPU generator; None uses torch's global one, as the authors do.
+
+    Returns:
+        float32 of ``shape`` on CPU.
+
+    Raises:
+        ValueError: unknown ``init``.
+    """
+    coefficients = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    match init:
+        case "eye":
+            pass
+        case "eye_norm":
+            coefficients.normal_(0.0, gain, generator=generator)
+        case "eye_xavier_norm":
+            torch.nn.init.xavier_normal_(coefficients, gain, generator)
+        case "eye_xavier_uniform":
+            torch.nn.init.xavier_uniform_(coefficients, gain, generator)
+        case "xavier_norm":
+            torch.nn.init.xavier_normal_(coefficients, 1.0, generator)
+        case "xavier_uniform":
+            torch.nn.init.xavier_uniform_(coefficients, 1.0, generator)
+        case _:
+            raise ValueError(f"init is {init!r}; allowed: {', '.join(INITIALIZATIONS)}")
+    if init.startswith("eye"):
+        coefficients += step_eye(*shape[-2:])
+    return coefficients
+
+
+def normalize_coefficients(coefficients: Tensor) -> Tensor:
+    """Divide every output's coefficients by their signed sum (``fourier_norm`` upstream).
+
+    There is no epsilon upstream: a column whose sum is near zero becomes huge. Only outputs with an
+    identity entry are safe.
+
+    Args:
+        coefficients: ``[..., D_in, D_out]``.
+
+    Returns:
+        Same shape; every column sums to one.
+    """
+    return coefficients / coefficients.sum(dim=-2, keepdim=True)
+
+
+def grow_coefficients(
+    old: Tensor,
+    d_in: int,
+    d_out: int,
+    *,
+    expand: bool = True,
+    gain: float = 0.3,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fit trained coefficients to another basis, by the authors' rule.
+
+    ``olmo/checkpoint.py: FullCheckpointer.restore_checkpoint``. Growing keeps the old block and fills the
+    rest with fresh ``eye_xavier_norm`` values (``expand``) or zeros; shrinking cuts. Known weaknesses of
+    the rule when ``d_in > d_out`` or ``d_in`` changes: some outputs get two identity entries, and without
+    ``expand`` new outputs are zero, which erases their channels.
+
+    Args:
+        old: ``[..., d_in_old, d_out_old]`` float32.
+        d_in: new number of frequencies.
+        d_out: new number of series.
+        expand: fill new entries as at initialisation instead of with zeros.
+        gain: gain of the new entries.
+        generator: CPU generator; None uses torch's global one, as the authors do.
+
+    Returns:
+        ``[..., d_in, d_out]`` float32, a new tensor.
+
+    Raises:
+        ValueError: one dimension grows while the other shrinks.
+    """
+    old_in, old_out = old.shape[-2:]
+    if old_in >= d_in and old_out >= d_out:
+        return old[..., :d_in, :d_out].clone()
+    if old_in > d_in or old_out > d_out:
+        raise ValueError(
+            f"coefficients {old_in} x {old_out} cannot become {d_in} x {d_out}: one side grows, the other shrinks"
+        )
+    shape = (*old.shape[:-2], d_in, d_out)
+    new = (
+        init_coefficients(shape, "eye_xavier_norm", gain, generator)
+        if expand
+        else torch.zeros(shape, device="cpu")
+    )
+    new[..., :old_in, :old_out] = old
+    return new
+
+
+# Tables -----------------------------------------------------------------------------------------------
+
+
+def fourier_basis(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """sin and cos of every position times every frequency; the same for all heads and layers.
+
+    With float32 frequencies the angle is one rounded float32 product, as in all published
+    implementations; its error reaches 5e-4 at 8 thousand positions and 8e-3 at 131 thousand. With float64
+    frequencies the angle is exact for any length a model can have.
+
+    Args:
+        positions: ``[...]`` integer positions, first token 0.
+        inv_freq: ``[D_in]`` float32 or float64, same device.
+
+    Returns:
+        ``(sin, cos)``, each ``[..., D_in]`` in the dtype of ``inv_freq``.
+    """
+    angles = positions.to(inv_freq.dtype).unsqueeze(-1) * inv_freq
+    return angles.sin(), angles.cos()
+
+
+@contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """No autocast and no TF32 inside: ``autocast(enabled=False)`` alone leaves TF32 on."""
+    previous = torch.get_float32_matmul_precision()
+    if previous != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        if previous != "highest":
+            torch.set_float32_matmul_precision(previous)
+
+
+class _MixBasis(torch.autograd.Function):
+    """``[N, D_in] x [H, D_in, D_out] -> [N, H, D_out]`` in full precision, forward and backward.
+
+    A function of its own because a plain matmul's backward would run after the caller's context ended,
+    under whatever TF32 setting training uses.
+    """
+
+    @staticmethod
+    def forward(ctx, basis: Tensor, coefficients: Tensor) -> Tensor:
+        ctx.save_for_backward(basis)
+        heads, d_in, d_out = coefficients.shape
+        with _full_precision(basis.device.type):
+            mixed = basis @ coefficients.permute(1, 0, 2).reshape(d_in, heads * d_out)
+        return mixed.view(-1, heads, d_out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+        (basis,) = ctx.saved_tensors
+        _, heads, d_out = grad.shape
+        with _full_precision(basis.device.type):
+            mixed = basis.transpose(0, 1) @ grad.reshape(-1, heads * d_out)
+        return None, mixed.view(-1, heads, d_out).permute(1, 0, 2)
+
+
+def mix_basis(basis: Tensor, coefficients: Tensor) -> Tensor:
+    """Weighted sums of the basis: the Fourier series themselves.
+
+    Args:
+        basis: ``[..., D_in]`` sin or cos values, float32 (float64 for gradient checks).
+        coefficients: ``[H, D_in, D_out]``, or ``[D_in, D_out]`` when heads share.
+
+    Returns:
+        ``[..., H, D_out]`` (``H = 1`` when heads share), dtype of ``basis``. Differentiable with respect
+        to the coefficients.
+    """
+    if coefficients.dim() == 2:
+        coefficients = coefficients.unsqueeze(0)
+    mixed = _MixBasis.apply(basis.reshape(-1, basis.size(-1)), coefficients)
+    return mixed.view(*basis.shape[:-1], *mixed.shape[1:])
+
+
+def fourier_tables(
+    sin_basis: Tensor,
+    cos_basis: Tensor,
+    sin_coef: Tensor,
+    cos_coef: Tensor,
+    half: int,
+    *,
+    pad_sin: float = 1.0,
+    pad_cos: float = 1.0,
+    normalize: bool = False,
+    attention_scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The sin and cos tables that rotate queries and keys.
+
+    Args:
+        sin_basis: ``[..., D_in]`` from :func:`fourier_basis`.
+        cos_basis: ``[..., D_in]``.
+        sin_coef: ``[H, D_in, D_out]`` or ``[D_in, D_out]``.
+        cos_coef: same shape; the same tensor when both share one basis.
+        half: channel pairs per head; pairs from ``D_out`` on get the padding.
+        pad_sin: sin of a padded pair. The paper's author and every published implementation use 1 (with
+            cos 1: a fixed turn by 45 degrees and a factor sqrt 2); 0 leaves such a pair untouched.
+        pad_cos: cos of a padded pair.
+        normalize: divide the coefficients by their column sums first.
+        attention_scaling: multiplied into both tables, padding included (XTuner; 1 unless YaRN).
+
+    Returns:
+        ``(sin, cos)``, each ``[..., H, half]``.
+    """
+    if normalize:
+        sin_coef, cos_coef = normalize_coefficients(sin_coef), normalize_coefficients(cos_coef)
+    sin, cos = mix_basis(sin_basis, sin_coef), mix_basis(cos_basis, cos_coef)
+    padding = (0, half - sin.size(-1))
+    sin, cos = F.pad(sin, padding, value=pad_sin), F.pad(cos, padding, value=pad_cos)
+    if attention_scaling != 1.0:
+        sin, cos = sin * attention_scaling, cos * attention_scaling
+    return sin, cos
+
+
+def apply_fourier_rotary(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """Rotate queries or keys; arithmetic in the tables' dtype, one rounding at the end.
+
+    Args:
+        x: ``[..., heads, 2 * half]``, any float dtype. ``heads`` is a multiple of the tables' ``H``; heads
+            that share a table are contiguous, as in Megatron's grouped-query layout.
+        sin: ``[..., H, half]`` float32; leading dimensions broadcast against those of ``x``.
+        cos: same shape.
+
+    Returns:
+        Same shape and dtype as ``x``. Norms are not preserved, and the inverse is not the transpose:
+        ``sin^2 + cos^2`` is not 1.
+    """
+    *batch, heads, head_dim = x.shape
+    groups = sin.size(-2)
+    grouped = x.reshape(*batch, groups, heads // groups, head_dim)
+    sin, cos = sin.unsqueeze(-2), cos.unsqueeze(-2)
+    first, second = grouped.to(sin.dtype).chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype).reshape(x.shape)

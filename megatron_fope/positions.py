@@ -1,0 +1,128 @@
+"""Which global position each local token has, for every way Megatron lays a sequence out.
+
+Unlike RoPE's scores, FoPE's scores depend on absolute positions, so every layout must give a token exactly
+the position it has in one undivided sequence: documents of a packed batch start at 0, and context-parallel
+ranks count in Megatron's zigzag order. Everything here stays on the device: no value is read back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sequence_positions(
+    num_tokens: int,
+    *,
+    cp_rank: int = 0,
+    cp_size: int = 1,
+    offset: int = 0,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Positions of one rank's share of an ordinary (``sbhd``) sequence.
+
+    Megatron cuts the sequence into ``2 * cp_size`` chunks and gives rank ``r`` chunks ``r`` and
+    ``2 * cp_size - 1 - r``, for every ``--cp-comm-type``.
+
+    Args:
+        num_tokens: local tokens ``s``; even when ``cp_size > 1``.
+        cp_rank: rank in the context-parallel group.
+        cp_size: size of that group.
+        offset: position of the first token (tokens already in a key-value cache).
+        device: where to create the result.
+
+    Returns:
+        ``[s]`` int64.
+    """
+    if cp_size == 1:
+        return torch.arange(offset, offset + num_tokens, device=device)
+    chunk = num_tokens // 2
+    local = torch.arange(num_tokens, device=device)
+    last = 2 * cp_size - 1 - cp_rank
+    return torch.where(local < chunk, cp_rank * chunk + local, last * chunk + local - chunk) + offset
+
+
+def packed_positions(num_tokens: int, cu_seqlens: Tensor, *, cp_rank: int = 0, cp_size: int = 1) -> Tensor:
+    """Positions of one rank's share of packed documents (``thd``); every document starts at 0.
+
+    Under context parallelism each document is zigzagged on its own, so its (padded) length is a multiple
+    of ``2 * cp_size``. Tokens behind the last document continue it; nothing attends to them.
+
+    Args:
+        num_tokens: local tokens ``t``.
+        cu_seqlens: ``[documents + 1]`` integer, cumulative lengths over all context-parallel ranks,
+            including the padding between documents if there is any.
+        cp_rank: rank in the context-parallel group.
+        cp_size: size of that group.
+
+    Returns:
+        ``[t]`` int64 on the device of ``cu_seqlens``.
+    """
+    starts = cu_seqlens.long() // cp_size
+    token = torch.arange(num_tokens, device=cu_seqlens.device)
+    document = (torch.searchsorted(starts, token, right=True) - 1).clamp(0, starts.numel() - 2)
+    local = token - starts[document]
+    if cp_size == 1:
+        return local
+    length = starts[document + 1] - starts[document]
+    chunk = length // 2
+    last = 2 * cp_size - 1 - cp_rank
+    return torch.where(local < chunk, cp_rank * chunk + local, last * chunk + local - chunk)
+
+
+def inference_positions(num_tokens: int, context: Any, *, device: torch.device | None = None) -> Tensor:
+    """Positions of the tokens of one inference step, from Megatron's inference context.
+
+    Args:
+        num_tokens: tokens in this step (rows, under dynamic batching).
+        context: ``StaticInferenceContext`` or ``DynamicInferenceContext``.
+        device: where to create the result.
+
+    Returns:
+        ``[num_tokens]`` int64. Static batching: the same for all sequences of the batch. Dynamic batching:
+        one token per row, with the position it has in its own request.
+    """
+    if context.is_static_batching():
+        return sequence_positions(num_tokens, offset=context.sequence_len_offset, device=device)
+    # 0.18 and later keep the device copy, at a fixed address, in gpu_view.
+    view = getattr(context, "gpu_view", None) or context
+    return view.token_to_pos_ids[:num_tokens].long()
+
+
+def local_positions(
+    num_tokens: int,
+    *,
+    cp_group: Any = None,
+    packed_seq_params: Any = None,
+    inference_context: Any = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Positions of the tokens an attention layer sees, whatever the layout.
+
+    Args:
+        num_tokens: first dimension of query and key.
+        cp_group: the layer's context-parallel process group, or None.
+        packed_seq_params: Megatron's ``PackedSeqParams``, or None. Its own ``cp_group`` (per-sample groups
+            of hybrid context parallelism) wins over the layer's; ``local_cp_size`` without a group means
+            that this sample is not divided.
+        inference_context: Megatron's inference context, or None.
+        device: where to create the result.
+
+    Returns:
+        ``[num_tokens]`` int64.
+    """
+    if inference_context is not None:
+        return inference_positions(num_tokens, inference_context, device=device)
+    if packed_seq_params is not None:
+        if packed_seq_params.cp_group is not None:
+            cp_group = packed_seq_params.cp_group
+        elif packed_seq_params.local_cp_size is not None:
+            cp_group = None
+    cp_rank, cp_size = (cp_group.rank(), cp_group.size()) if cp_group is not None else (0, 1)
+    if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+        padded = packed_seq_params.cu_seqlens_q_padded
+        cu_seqlens = packed_seq_params.cu_seqlens_q if padded is None else padded
+        return packed_positions(num_tokens, cu_seqlens, cp_rank=cp_rank, cp_size=cp_size)
+    return sequence_positions(num_tokens, cp_rank=cp_rank, cp_size=cp_size, device=device)

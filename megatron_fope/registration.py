@@ -1,0 +1,221 @@
+"""``register()`` and ``unregister()``: the flag in a Megatron that knows nothing of FoPE.
+
+Six symbols of Megatron are wrapped, each by one function below. Importing this module changes nothing, every
+wrapper calls the original, and ``unregister()`` puts the originals back.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_fope import compat
+from megatron_fope.arguments import (
+    FOPE,
+    add_fope_arguments,
+    adopt_checkpoint_arguments,
+    check_against_checkpoint,
+    check_before_megatron,
+    fope_config_from_args,
+    position_type_if_given,
+    resolve_fope_arguments,
+)
+from megatron_fope.config import FoPEConfig
+from megatron_fope.errors import UserError, exit_on_user_error
+from megatron_fope.report import LayerReport, assert_fope_active, describe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Patch:
+    owner: Any
+    name: str
+    original: Callable
+    wrapper: Callable
+
+
+_patches: list[_Patch] = []
+_config: FoPEConfig | None = None
+_announced = False
+
+
+def register(config: FoPEConfig | None = None) -> None:
+    """Make Megatron understand ``--position-embedding-type fope``; a second call changes nothing.
+
+    Call it before Megatron parses its arguments and before any model is built. Models that exist already
+    are not touched (:func:`megatron_fope.assert_fope_active` tells).
+
+    Args:
+        config: settings for models built with ``position_embedding_type="fope"``; None takes them from
+            Megatron's parsed arguments.
+
+    Raises:
+        UserError: Megatron-Core is missing or outside the supported range, or it was registered with
+            another configuration.
+        ImportError: a symbol of Megatron has moved; the message names it.
+    """
+    global _config
+    if _patches:
+        if config != _config:
+            raise UserError("register() was called before with another configuration; unregister() first")
+        return
+    version = compat.require_supported_megatron()
+    _config = config
+    try:
+        for owner, name, wrap in _targets():
+            original = inspect.getattr_static(owner, name, None)
+            if original is None:
+                raise ImportError(
+                    f"Megatron-Core {version} has no {owner.__name__}.{name}, which megatron-fope extends; "
+                    "please report this version"
+                )
+            wrapper = functools.wraps(original)(wrap(original))
+            setattr(owner, name, wrapper)
+            _patches.append(_Patch(owner, name, original, wrapper))
+    except Exception:
+        unregister()
+        raise
+
+
+def unregister() -> None:
+    """Put Megatron's own functions back; harmless when nothing is registered."""
+    global _config, _announced
+    for patch in reversed(_patches):
+        if inspect.getattr_static(patch.owner, patch.name) is patch.wrapper:
+            setattr(patch.owner, patch.name, patch.original)
+        else:
+            logger.warning(
+                "%s.%s was patched again after megatron-fope; its wrapper stays and does nothing for "
+                "position embedding types other than fope",
+                patch.owner.__name__,
+                patch.name,
+            )
+    _patches.clear()
+    _config, _announced = None, False
+
+
+def is_registered() -> bool:
+    """Whether :func:`register` is in force."""
+    return bool(_patches)
+
+
+def _targets() -> list[tuple[Any, str, Callable[[Callable], Callable]]]:
+    from megatron.training import arguments, checkpointing
+
+    targets: list[tuple[Any, str, Callable[[Callable], Callable]]] = [
+        (arguments, "add_megatron_arguments", _wrap_add_arguments),
+        (checkpointing, "_load_base_checkpoint", _wrap_load_base_checkpoint),
+    ]
+    for module in compat.modules_that_import("validate_args", arguments):
+        targets.append((module, "validate_args", _wrap_validate_args))
+    for module in compat.modules_that_import("load_args_from_checkpoint", checkpointing):
+        targets.append((module, "load_args_from_checkpoint", _wrap_load_args))
+    for model_class, spec_arguments in compat.model_classes():
+        targets.append((model_class, "__init__", functools.partial(_wrap_model, spec_arguments)))
+    return targets
+
+
+def _wrap_add_arguments(original: Callable) -> Callable:
+    def add_megatron_arguments(parser: Any) -> Any:
+        return add_fope_arguments(original(parser))
+
+    return add_megatron_arguments
+
+
+def _wrap_validate_args(original: Callable) -> Callable:
+    """Megatron sees ``rope`` while it validates, because it ties several checks to that word."""
+
+    def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        with exit_on_user_error():
+            check_before_megatron(args)
+            resolve_fope_arguments(args, _config)  # early, so that Megatron prints what is in force
+        if args.position_embedding_type != FOPE:
+            return original(args, *rest, **kwargs)
+        args.position_embedding_type = "rope"
+        try:
+            result = original(args, *rest, **kwargs)
+        finally:
+            args.position_embedding_type = FOPE
+            args.apply_rope_fusion = False
+        with exit_on_user_error():
+            resolve_fope_arguments(args, _config)  # heterogeneous models get their sizes only now
+        return result
+
+    return validate_args
+
+
+def _wrap_load_args(original: Callable) -> Callable:
+    def load_args_from_checkpoint(args: Any, load_arg: str = "load", **kwargs: Any) -> Any:
+        asked = position_type_if_given(args)
+        result = original(args, load_arg, **kwargs)
+        if isinstance(result, tuple):
+            with exit_on_user_error():
+                adopt_checkpoint_arguments(args, result[1], getattr(args, load_arg), asked)
+        return result
+
+    return load_args_from_checkpoint
+
+
+def _wrap_load_base_checkpoint(original: Callable) -> Callable:
+    """The one function through which every checkpoint's stored arguments come."""
+
+    def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        result = original(load_dir, args, *rest, **kwargs)
+        stored = result[0].get("args") if result[0] else None
+        # Before validation (--use-checkpoint-args) the arguments are not resolved yet; see _wrap_load_args.
+        if stored is not None and hasattr(args, "data_parallel_size"):
+            with exit_on_user_error():
+                check_against_checkpoint(args, stored, load_dir)
+        return result
+
+    return _load_base_checkpoint
+
+
+def _wrap_model(spec_arguments: tuple[str, ...], original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        bound = signature.bind(self, *args, **kwargs)
+        if bound.arguments.get("position_embedding_type") != FOPE:
+            original(self, *args, **kwargs)
+            return
+        from megatron_fope.spec import with_fope
+
+        config = _config or _config_from_global_args()
+        with exit_on_user_error():
+            for name in spec_arguments:
+                if bound.arguments.get(name) is not None:
+                    bound.arguments[name] = with_fope(bound.arguments[name], config)
+            original(*bound.args, **bound.kwargs)
+        if describe(self):  # a pipeline stage may hold no attention layer
+            _announce(assert_fope_active(self)[0])
+
+    return __init__
+
+
+def _config_from_global_args() -> FoPEConfig:
+    from megatron.training import get_args
+
+    try:
+        return fope_config_from_args(get_args())
+    except AssertionError:
+        raise UserError(
+            'a model is built with position_embedding_type="fope" outside Megatron\'s training loop; pass the '
+            "settings: register(FoPEConfig.from_profile(...))"
+        ) from None
+
+
+def _announce(report: LayerReport) -> None:
+    """Say once, on rank 0, what was built and which implementation runs."""
+    global _announced
+    if _announced or os.environ.get("RANK", "0") != "0":
+        return
+    _announced = True
+    print(f"> FoPE: {report.summary()}", flush=True)
+    print(f"> FoPE: queries and keys are rotated by: {report.path}", flush=True)

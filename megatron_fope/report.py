@@ -1,0 +1,121 @@
+"""What was really built: per layer, for logs, examples and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_fope.config import FoPEConfig
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One attention layer of a model."""
+
+    name: str
+    """Qualified module name."""
+    layer_number: int
+    attention: str
+    """Class of the attention."""
+    fope: FoPEConfig | None = None
+    """None when the layer has no FoPE."""
+    coefficients: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shape of every coefficient tensor; all KV heads of the model."""
+    d_in: int = 0
+    """Frequencies in the basis."""
+    d_out: int = 0
+    """Channel pairs with a Fourier series."""
+    num_pairs: int = 0
+    """Channel pairs per head."""
+    num_clipped: int = 0
+    """Rotary frequencies below the floor."""
+    rotates: bool = False
+    """False in layers that Megatron leaves without position embedding (``--no-rope-freq``)."""
+    path: str = ""
+    """Which implementation rotates."""
+
+    def __str__(self) -> str:
+        if self.fope is None:
+            return f"{self.name}: {self.attention}, no FoPE"
+        shapes = ", ".join(f"{name} {list(shape)}" for name, shape in self.coefficients.items())
+        path = self.path if self.rotates else "not rotated (no_rope_freq)"
+        return f"{self.name}: {self.attention}, {shapes}, D_in {self.d_in}, D_out {self.d_out}, {path}"
+
+    def summary(self) -> str:
+        """One line for logs: profile, train length, kept and clipped frequencies, channels, gain."""
+        fope = self.fope
+        return (
+            f"profile {fope.profile}, train length {fope.train_length} tokens, {self.d_in} frequencies in the "
+            f"basis ({self.num_clipped} clipped), {self.d_out} of {self.num_pairs} channel pairs with a series "
+            f"(the others sin,cos = {fope.padding}), gain {fope.gain:g}, "
+            f"{'learnable' if fope.learnable else 'frozen'} coefficients"
+        )
+
+
+def describe(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerReport]:
+    """Every self-attention layer of a model (this rank's share), with or without FoPE.
+
+    Args:
+        model: a Megatron model, wrapped or not, or the list of chunks that Megatron trains.
+
+    Returns:
+        One report per attention layer; ``print(*describe(model), sep="\\n")`` shows them.
+    """
+    from megatron.core.transformer.attention import Attention
+
+    from megatron_fope.attention import FoPESelfAttention
+    from megatron_fope.embedding import ROTATION_PATH
+
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    reports = []
+    for chunk in chunks:
+        for name, module in chunk.named_modules():
+            if not isinstance(module, Attention) or module.attention_type != "self":
+                continue
+            common: dict[str, Any] = {
+                "name": name,
+                "layer_number": module.layer_number,
+                "attention": type(module).__name__,
+            }
+            if not isinstance(module, FoPESelfAttention):
+                reports.append(LayerReport(**common))
+                continue
+            embedding, head_dim = module.fope, module.fope.head_dim
+            reports.append(
+                LayerReport(
+                    **common,
+                    fope=embedding.fope,
+                    coefficients={n: tuple(getattr(embedding, n).shape) for n in embedding.coefficient_names},
+                    d_in=embedding.fope.d_in(head_dim),
+                    d_out=embedding.fope.d_out(head_dim),
+                    num_pairs=head_dim // 2,
+                    num_clipped=embedding.fope.num_clipped(head_dim),
+                    rotates=module.fope_rotates,
+                    path=ROTATION_PATH,
+                )
+            )
+    return reports
+
+
+def assert_fope_active(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerReport]:
+    """Check that every self-attention layer has FoPE.
+
+    Returns:
+        The layers' reports.
+
+    Raises:
+        RuntimeError: a layer without FoPE, or no attention layer at all (a model built before
+            registration, for example).
+    """
+    reports = describe(model)
+    without = [report.name for report in reports if report.fope is None]
+    if without:
+        raise RuntimeError(
+            f"{len(without)} of {len(reports)} attention layers have no FoPE: {', '.join(without)}"
+        )
+    if not reports:
+        raise RuntimeError("the model has no self-attention layer")
+    return reports
