@@ -125,7 +125,7 @@ def fope_config_from_args(args: Any) -> FoPEConfig:
     """
     given = given_fope_arguments(args)
     profile = given.pop("profile", "paper")
-    train_length = given.pop("train_length", None) or args.seq_length
+    train_length = given.pop("train_length", args.seq_length)
     if getattr(args, "use_rope_scaling", False) and "scaling" not in given:
         # What RoPE would do under the same flag (megatron.core RotaryEmbedding, 8192 is built in there).
         given |= {"scaling": "llama3", "scaling_factor": args.rope_scaling_factor, "original_length": 8192}
@@ -261,10 +261,10 @@ def check_against_checkpoint(args: Any, checkpoint_args: Any, where: str) -> Non
     for field, (value, stored) in differences.items():
         _refuse_difference("--rotary-base" if field == "rotary_base" else flag(field), value, stored, where)
     shapes = {
-        "fope_kept_frequencies": "number of kept frequencies",
-        "fope_series": "number of Fourier series",
         "kv_channels": "--kv-channels",
         "num_query_groups": "--num-query-groups",
+        "fope_kept_frequencies": "number of kept frequencies",
+        "fope_series": "number of Fourier series",
     }
     for name, text in shapes.items():
         value, stored = getattr(args, name, None), getattr(checkpoint_args, name, None)

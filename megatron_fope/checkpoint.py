@@ -51,6 +51,10 @@ def read_checkpoint(folder: str | Path) -> CheckpointInfo:
             f"--checkpoint is {str(folder)!r}: no {_TRACKER} there; allowed: a folder made by --save"
         )
     word = tracker.read_text().strip()
+    if word != "release" and not word.isdecimal():
+        raise UserError(
+            f"--checkpoint is {str(folder)!r}: {_TRACKER} says {word[:40]!r}; allowed: a number or 'release'"
+        )
     name = word if word == "release" else f"iter_{int(word):07d}"
     args = _stored_state(folder / name).get("args")
     if args is None:

@@ -49,8 +49,13 @@ def _dispatch(argv: list[str]) -> int:
 
         run_pretraining([a for a in argv[1:] if a != "--cpu"], cpu=cpu or "--cpu" in argv)
         return 0
-    if cpu and not (argv and argv[0] == "evaluate-perplexity"):
-        raise UserError("--cpu goes in front of a training script or 'pretrain'")
+    if cpu:
+        if not argv or argv[0] != "evaluate-perplexity":
+            raise UserError(
+                "--cpu goes in front of a training script, 'pretrain' or 'evaluate-perplexity', not "
+                f"{argv[0] if argv else 'nothing'!r}"
+            )
+        argv = [argv[0], "--cpu", *argv[1:]]
     parser = argparse.ArgumentParser(
         prog="megatron-fope",
         usage=_USAGE,

@@ -76,7 +76,8 @@ def modules_that_import(name: str, home: ModuleType) -> list[ModuleType]:
     """
     from megatron.training import initialize
 
-    holds = getattr(initialize, name, None) is getattr(home, name)
+    function = getattr(home, name, None)
+    holds = function is not None and getattr(initialize, name, None) is function
     return [home, initialize] if holds else [home]
 
 
@@ -391,3 +392,33 @@ def initialize_megatron(adjust: Callable[[Any, Any], None], **options: Any) -> A
     set_global_variables(args)
     initialize(**options)
     return args
+
+
+def hybrid_stack_spec() -> Any | None:
+    """Megatron's own spec of an attention/Mamba stack; None where its parts are not installed.
+
+    0.17: ``mamba_stack_spec``; 0.18 and later: ``hybrid_stack_spec``.
+    """
+    try:
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as spec
+    except ImportError:
+        try:
+            from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec as spec
+        except ImportError:
+            return None
+    return spec
+
+
+def hybrid_stack_classes() -> tuple[type, ...]:
+    """Modules whose spec offers layers of many kinds, of which a model uses some.
+
+    0.17: ``MambaStack``; 0.18 and later: ``HybridStack``.
+    """
+    try:
+        from megatron.core.models.hybrid.hybrid_block import HybridStack as Stack
+    except ImportError:
+        try:
+            from megatron.core.ssm.mamba_block import MambaStack as Stack
+        except ImportError:
+            return ()
+    return (Stack,)

@@ -294,7 +294,7 @@ class FoPEConfig:
         if self.learnable and self.shared_layers:
             raise UserError(
                 "--fope-learnable is given with coefficients shared by all layers; allowed: "
-                "--fope-separate-layers (each layer then learns its own)"
+                "--no-fope-shared-layers (each layer then learns its own)"
             )
 
     def _layer_seed(self, stack: str, layer: int) -> int:

@@ -58,6 +58,13 @@ def prepare(*, cpu: bool) -> None:
     Raises:
         UserError: there is no GPU and ``cpu`` is not given, or Megatron is not supported.
     """
+    if not cpu and not {"-h", "--help"} & set(sys.argv):
+        import torch  # before Megatron, whose import takes long and warns about missing libraries
+
+        if not torch.cuda.is_available():
+            raise UserError(
+                "no CUDA device is visible; put --cpu in front of the script to train on the CPU with gloo"
+            )
     from megatron_fope.compat import require_supported_megatron
 
     require_supported_megatron()
@@ -68,13 +75,6 @@ def prepare(*, cpu: bool) -> None:
 
         cpu_runtime.enable()
         sys.argv[1:] = cpu_runtime.add_argument_defaults(sys.argv[1:])
-    elif not {"-h", "--help"} & set(sys.argv):
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError(
-                "no CUDA device is visible; put --cpu in front of the script to train on the CPU with gloo"
-            )
     from megatron_fope.registration import register
 
     register()

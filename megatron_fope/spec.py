@@ -8,9 +8,10 @@ import functools
 from typing import Any
 
 from megatron.core.transformer.attention import Attention, CrossAttention, SelfAttention
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 
+from megatron_fope import compat
 from megatron_fope.attention import FoPESelfAttention
 from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError
@@ -49,6 +50,8 @@ class _Converter:
         # decoder's coefficients.
         self.stack = "decoder"
         self.num_attentions = 0
+        # A hybrid stack's spec is a menu of layers; which are used is only known when the model is built.
+        self._optional = False
         self._done: dict[tuple[int, str], Any] = {}  # a spec used twice is converted once and stays shared
         self._originals: list[Any] = []  # keeps ids in _done valid
 
@@ -78,8 +81,12 @@ class _Converter:
             return functools.partial(node.func, *[self.convert(a) for a in node.args], **keywords)
         if dataclasses.is_dataclass(node) and not isinstance(node, FoPEConfig):
             converted = copy.copy(node)
+            outer = self.stack
+            if isinstance(node, MultiTokenPredictionBlockSubmodules):
+                self.stack = "mtp"
             for field in dataclasses.fields(node):
                 object.__setattr__(converted, field.name, self.convert(getattr(node, field.name)))
+            self.stack = outer
             return converted
         return node
 
@@ -98,17 +105,16 @@ class _Converter:
             self.num_attentions += 1
         else:
             self._check_bare_class(module)
-        outer = self.stack
-        if isinstance(module, type) and issubclass(module, MultiTokenPredictionBlock):
-            self.stack = "mtp"
+        optional, self._optional = self._optional, self._optional or module in compat.hybrid_stack_classes()
         converted.submodules = self.convert(spec.submodules)
-        self.stack = outer
+        self._optional = optional
         return converted
 
     def _check_bare_class(self, module: Any) -> None:
         """An attention class this package does not know would silently stay without positions."""
         if (
-            isinstance(module, type)
+            not self._optional
+            and isinstance(module, type)
             and issubclass(module, Attention)
             and not issubclass(module, (FoPESelfAttention, CrossAttention))
         ):

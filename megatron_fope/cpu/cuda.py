@@ -8,6 +8,7 @@ rewrites ``device="cuda"`` in every call of a tensor function.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -236,3 +237,17 @@ def install() -> None:
     _drop_device_of_process_group()
     _active_mode = CudaAsCpu()
     _active_mode.__enter__()
+
+
+def with_active_mode(function: Callable) -> Callable:
+    """Run a function under the rewriting of devices.
+
+    Autograd calls backward functions without any mode, and recomputation runs whole forward passes there.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with CudaAsCpu():
+            return function(*args, **kwargs)
+
+    return run

@@ -21,12 +21,15 @@ def _create_adam_state(optimizer: torch.optim.Optimizer) -> None:
 def install() -> None:
     """Let ``DistributedOptimizer`` load a checkpoint without Apex or Transformer Engine.
 
-    Two methods are wrapped, both only for Adam from PyTorch, which counts steps per parameter:
+    Three methods are wrapped, all only for Adam from PyTorch, which counts steps per parameter:
 
     * ``state_dict`` asserts that one step count exists. Before the first step there is none, and loading
       needs the state dict as a template: the state is created beforehand.
-    * ``load_state_dict`` hands one and the same step tensor to every parameter, and PyTorch then counts
-      it up once per parameter in every step: each parameter gets its own copy.
+    * ``load_state_dict`` leaves every parameter with one and the same step tensor, which PyTorch would count
+      up once per parameter in every step, or with the zero of the template: the step count that the
+      checkpoint holds per group is given to each parameter as a tensor of its own.
+    * ``_set_main_param_and_optimizer_states`` expects every tensor of a parameter's state in what it loads,
+      but some checkpoint formats leave the step count out: the present one is added.
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -34,6 +37,7 @@ def install() -> None:
         return
     cls = distrib_optimizer.DistributedOptimizer
     original_state_dict, original_load = cls.state_dict, cls.load_state_dict
+    original_set_states = cls._set_main_param_and_optimizer_states
 
     def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.optimizer, torch.optim.Adam):
@@ -42,10 +46,18 @@ def install() -> None:
 
     def load_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original_load(self, *args, **kwargs)
-        for state in self.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
+        if isinstance(self.optimizer, torch.optim.Adam):
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
         return result
 
+    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+        present = self._get_main_param_and_optimizer_states(model_param)
+        if "step" in present:
+            tensors.setdefault("step", present["step"])
+        original_set_states(self, model_param, tensors)
+
+    cls._set_main_param_and_optimizer_states = set_states
     cls.state_dict = state_dict
     cls.load_state_dict = load_state_dict

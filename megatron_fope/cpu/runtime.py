@@ -86,6 +86,7 @@ def _patch_megatron() -> None:
     _allow_no_cuda()
     _skip_jit_warm_up()
     _move_split_sizes()
+    _recompute_on_cpu()
     norm.install()
     attention.install()
     optimizer.install()
@@ -111,6 +112,21 @@ def _use_cpu_generator() -> None:
 
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
+
+
+def _recompute_on_cpu() -> None:
+    """Keep the rewriting of devices while activations are recomputed during the backward pass.
+
+    Without it a recomputed layer that makes its own causal mask asks for CUDA.
+    """
+    import megatron.core.tensor_parallel.random as random
+
+    from megatron_fope.cpu.cuda import with_active_mode
+
+    checkpoint = random.CheckpointFunction
+    checkpoint.backward = staticmethod(with_active_mode(checkpoint.backward))
+    without_output = random.CheckpointWithoutOutput
+    without_output._recompute = with_active_mode(without_output._recompute)
 
 
 def _allow_no_cuda() -> None:

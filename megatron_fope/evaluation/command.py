@@ -40,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lengths",
-        type=_lengths,
         metavar="N,N,...",
         help="context lengths in tokens. Default: 0.5, 1, 2, 4, 8 and 16 times the first checkpoint's train length",
     )
@@ -70,10 +69,15 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: bad input, found before any process starts; or an evaluation failed.
     """
+    labels = [_label(text)[0] for text in arguments.checkpoint]
+    if len(set(labels)) < len(labels):
+        raise UserError(
+            f"--checkpoint has the labels {', '.join(labels)}; allowed: different ones, NAME=FOLDER"
+        )
     results = evaluate_perplexity(
         dict(map(_label, arguments.checkpoint)),
         arguments.data_path,
-        lengths=arguments.lengths,
+        lengths=None if arguments.lengths is None else _lengths(arguments.lengths),
         num_tokens=arguments.tokens,
         tokens_per_batch=arguments.tokens_per_batch,
         cpu=arguments.cpu,
@@ -121,6 +125,8 @@ def evaluate_perplexity(
     Raises:
         UserError: bad input, or an evaluation failed.
     """
+    if lengths is not None and (not lengths or min(lengths) < 2):
+        raise UserError(f"--lengths is {lengths}; allowed: whole numbers >= 2, separated by commas")
     for suffix in (".bin", ".idx"):
         if not Path(f"{data_path}{suffix}").is_file():
             raise UserError(f"--data-path is {str(data_path)!r}: {data_path}{suffix} does not exist")
@@ -206,9 +212,6 @@ def _label(text: str) -> tuple[str, str]:
 
 def _lengths(text: str) -> list[int]:
     try:
-        lengths = [int(word) for word in text.split(",")]
+        return [int(word) for word in text.split(",")]
     except ValueError:
-        lengths = []
-    if not lengths or min(lengths) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: whole numbers >= 2, separated by commas")
-    return lengths
+        raise UserError(f"--lengths is {text!r}; allowed: whole numbers >= 2, separated by commas") from None

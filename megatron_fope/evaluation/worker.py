@@ -26,7 +26,15 @@ _MODEL_GROUPS = (
 """Argument groups of Megatron that describe the model and not how it was run."""
 
 _ALSO_MODEL = ("seq_length", "fp16", "bf16", "transformer_impl", "spec")
-_NOT_MODEL = ("fusion", "recompute", "offload", "cuda_graph", "persist", "cpu_initialization", "coder_num_layers")
+_NOT_MODEL = (
+    "fusion",
+    "recompute",
+    "offload",
+    "cuda_graph",
+    "persist",
+    "cpu_initialization",
+    "coder_num_layers",
+)
 """Parts of names that stand among the model's arguments but are ways of running, or derived from others."""
 
 

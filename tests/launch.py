@@ -1,0 +1,78 @@
+"""Helpers of tests that start real Megatron training processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY_MODEL = shlex.split(
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 "
+    "--seq-length 64 --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 "
+    "--train-iters 3 --log-interval 1 --eval-iters 0 --eval-interval 100 --mock-data "
+    "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 128 "
+    "--attention-dropout 0 --hidden-dropout 0"
+)
+"""Flags of a model that trains in a second and whose losses do not depend on the parallel layout."""
+
+_LOSS = re.compile(r"iteration +\d+/.*?\| lm loss: ([-+.\dEe]+|nan)")
+
+
+def torchrun(
+    nproc: int, argv: Sequence[str], env: dict[str, str] | None = None, timeout: float = 300.0
+) -> subprocess.CompletedProcess[str]:
+    """Run a command under ``torchrun`` on this machine, with this checkout importable.
+
+    Args:
+        nproc: number of processes.
+        argv: what follows torchrun's own flags, e.g. ``["-m", "megatron_fope", "--cpu", "pretrain", ...]``.
+        env: environment variables to add.
+        timeout: seconds after which the run counts as hung.
+
+    Returns:
+        The finished process; ``stdout`` holds standard output and error of all ranks.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *("--nproc-per-node", str(nproc), "--master-addr", "localhost", "--master-port", str(port)),
+            *argv,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def train(nproc: int, *flags: str, env: dict[str, str] | None = None) -> list[float]:
+    """Train :data:`TINY_MODEL` with the built-in pre-training on the CPU; flags may override its own.
+
+    Returns:
+        The logged losses, see :func:`losses`.
+    """
+    run = torchrun(nproc, ["-m", "megatron_fope", "--cpu", "pretrain", *TINY_MODEL, *flags], env=env)
+    assert run.returncode == 0, run.stdout[-4000:]
+    return losses(run.stdout)
+
+
+def losses(log: str) -> list[float]:
+    """The training losses that Megatron logged, in order.
+
+    The second number after a start is the mean of the first two iterations: Megatron logs the first
+    iteration of every run without clearing its sums.
+    """
+    return [float(value) for value in _LOSS.findall(log)]

@@ -1,0 +1,401 @@
+"""Checks that need a real Megatron model, run in one process because Megatron's import takes seconds.
+
+Prints one JSON object ``{check: null or traceback}`` as its last line; ``tests/test_model.py`` shows each check
+as a test of its own. The CPU runtime changes torch for the whole process, so none of this runs inside pytest.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import json
+import os
+import sys
+import traceback
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_fope import cpu
+from megatron_fope.launch import _single_process_environment
+
+
+def start() -> None:
+    _single_process_environment()
+    cpu.enable()
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+
+
+def transformer_config(**overrides: Any) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    settings = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "init_method_std": 0.2,  # large enough that attention is not uniform and positions matter
+        "use_cpu_initialization": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+    }
+    return TransformerConfig(**settings | overrides)
+
+
+def fope_config(**overrides: Any) -> Any:
+    from megatron_fope import FoPEConfig
+
+    return FoPEConfig.from_profile(**{"train_length": 48} | overrides)
+
+
+def gpt(
+    fope: Any = None, *, position: str = "none", spec: Any = None, mtp: Any = None, **overrides: Any
+) -> Any:
+    """A small GPT with local layers; always the same initial weights."""
+    import torch
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from megatron_fope import with_fope
+
+    config = transformer_config(**overrides)
+    spec = spec or get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm)
+    torch.manual_seed(3)
+    return GPTModel(
+        config,
+        with_fope(spec, fope) if fope else spec,
+        vocab_size=128,
+        max_sequence_length=64,
+        position_embedding_type=position,
+        mtp_block_spec=mtp,
+    )
+
+
+def tokens(length: int = 24, batch: int = 2) -> tuple[Any, Any]:
+    import torch
+
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 128, (batch, length), generator=generator)
+    return ids, torch.arange(length).expand(batch, length)
+
+
+def run(model: Any, ids: Any, positions: Any) -> Any:
+    return model(ids, positions, None)
+
+
+def check_identity_coefficients_equal_megatrons_rope() -> None:
+    import torch
+
+    identity = fope_config(clip=False, drop_clipped=False, init="eye")
+    ours = run(gpt(identity), *tokens())
+    rope = run(gpt(position="rope"), *tokens())
+    none = run(gpt(), *tokens())
+    torch.testing.assert_close(ours, rope, rtol=0, atol=2e-5)
+    assert (none - rope).abs().max() > 1e-2, "the model must notice positions"
+
+
+def check_model_uses_the_formula() -> None:
+    """Rotated query and key of a real layer against the pure functions."""
+    import torch
+
+    from megatron_fope.functional import apply_fourier_rotary
+
+    fope = fope_config(gain=2.0)
+    attention = gpt(fope, qk_layernorm=True).decoder.layers[1].self_attention
+    hidden = torch.randn(20, 2, 64)
+    plain = super(type(attention), attention).get_query_key_value_tensors(hidden)
+    rotated = attention.get_query_key_value_tensors(hidden)
+    coefficients = fope.make_coefficients(2, 16, layer=2)
+    sin, cos = fope.tables(torch.arange(20), coefficients, fope.inv_freq(16), 16)
+    for before, after in zip(plain[:2], rotated[:2], strict=True):
+        expected = apply_fourier_rotary(before, sin[:, None], cos[:, None])
+        assert torch.equal(after, expected) and not torch.equal(after, before)
+    assert torch.equal(plain[2], rotated[2]), "values are not rotated"
+
+
+def check_coefficients_stay_exact_in_sixteen_bit() -> None:
+    import torch
+    from megatron.core.transformer.module import Float16Module
+
+    for dtype, flag in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        for learnable in (False, True):
+            fope = fope_config(learnable=learnable)
+            model = gpt(fope, **{flag: True, "params_dtype": dtype})
+            wrapped = Float16Module(model.config, model)
+            expected = fope.make_coefficients(2, 16, layer=1)
+            embedding = wrapped.module.decoder.layers[0].self_attention.fope
+            for name, value in expected.items():
+                assert getattr(embedding, name).dtype == torch.float32
+                assert torch.equal(getattr(embedding, name), value), (flag, learnable, name)
+            assert embedding.inv_freq.dtype == torch.float32
+            assert wrapped.module.output_layer.weight.dtype == dtype
+            assert run(model, *tokens()).dtype == dtype
+
+
+def check_describe_and_assert_fope_active() -> None:
+    from megatron_fope import assert_fope_active, describe
+
+    fope = fope_config()
+    first, second = assert_fope_active([gpt(fope)])
+    assert first.attention == "FoPESelfAttention" and (first.layer_number, second.layer_number) == (1, 2)
+    d_in, d_out = fope.d_in(16), fope.d_out(16)
+    assert first.coefficients == {"sin_coef": (2, d_in, d_out), "cos_coef": (2, d_in, d_out)}
+    assert str(d_in) in str(first) and "PyTorch" in str(first) and "train length 48" in first.summary()
+    assert [r.fope for r in describe(gpt(position="rope"))] == [None, None]
+    try:
+        assert_fope_active(gpt(position="rope"))
+    except RuntimeError as error:
+        assert "2 of 2 attention layers have no FoPE" in str(error)
+    else:
+        raise AssertionError("a RoPE model passed")
+
+
+def check_with_fope_leaves_the_original_alone() -> None:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.attention import SelfAttention
+
+    from megatron_fope import FoPESelfAttention, with_fope
+
+    spec = get_gpt_layer_local_spec()
+    before = copy.deepcopy(spec)
+    converted = with_fope(spec, fope_config())
+    assert list(iterate_modules(spec)) == list(iterate_modules(before))
+    assert spec.submodules.self_attention.module is SelfAttention
+    assert spec.submodules.self_attention.params == before.submodules.self_attention.params
+    attention = converted.submodules.self_attention
+    assert attention.module is FoPESelfAttention
+    assert attention.params["attn_mask_type"] == before.submodules.self_attention.params["attn_mask_type"]
+    assert with_fope(converted, fope_config()).submodules.self_attention.params == attention.params
+
+
+def check_with_fope_refuses_what_it_cannot_convert() -> None:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from megatron_fope import UserError, with_fope
+
+    cases = {
+        "MLASelfAttention": lambda: with_fope(
+            get_gpt_layer_local_spec(multi_latent_attention=True), fope_config()
+        ),
+        "no self-attention": lambda: with_fope(get_gpt_layer_local_spec().submodules.mlp, fope_config()),
+        "other settings": lambda: with_fope(
+            with_fope(get_gpt_layer_local_spec(), fope_config()), fope_config(padding="0,1")
+        ),
+    }
+    for text, case in cases.items():
+        try:
+            case()
+        except UserError as error:
+            assert text in str(error) and "\n" not in str(error), error
+        else:
+            raise AssertionError(f"{text}: accepted")
+
+
+def check_mixture_of_experts_and_block_specs() -> None:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    from megatron_fope import assert_fope_active
+
+    moe = {
+        "num_moe_experts": 2,
+        "moe_layer_freq": [0, 1],
+        "add_bias_linear": False,
+        "moe_ffn_hidden_size": 64,
+    }
+    spec = get_gpt_decoder_block_spec(transformer_config(**moe), use_transformer_engine=False)
+    model = gpt(fope_config(), spec=spec, **moe)
+    assert len(assert_fope_active(model)) == 2
+    assert run(model, *tokens()).isfinite().all()
+
+
+def check_multi_token_prediction_layers_have_their_own_coefficients() -> None:
+    import torch
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+
+    from megatron_fope import assert_fope_active, with_fope
+
+    config = transformer_config(mtp_num_layers=1)
+    mtp = get_gpt_mtp_block_spec(config, get_gpt_layer_local_spec(), use_transformer_engine=False)
+    model = gpt(fope_config(), mtp=with_fope(mtp, fope_config()), mtp_num_layers=1)
+    assert len(assert_fope_active(model)) == 3
+    drawn = [m.fope.sin_coef for m in model.modules() if type(m).__name__ == "FoPESelfAttention"]
+    assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[i + 1 :])
+
+
+def check_hybrid_and_transformer_engine_specs_convert() -> None:
+    """Only the specs: the layers themselves need Transformer Engine."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    from megatron.core.transformer.attention import SelfAttention
+
+    from megatron_fope import FoPESelfAttention, compat, with_fope
+
+    classes = lambda spec: [c for c in iterate_modules(spec)]  # noqa: E731
+    try:
+        te = get_gpt_layer_with_transformer_engine_spec()
+    except (ImportError, TypeError, AttributeError, NameError, AssertionError):
+        te = None  # this release cannot even describe the layer without Transformer Engine
+    specs = [spec for spec in (te, compat.hybrid_stack_spec()) if spec is not None]
+    assert specs, "neither spec could be imported"
+    for spec in specs:
+        converted = with_fope(spec, fope_config())
+        assert SelfAttention in classes(spec) and SelfAttention not in classes(converted)
+        assert FoPESelfAttention in classes(converted)
+
+
+def iterate_modules(node: Any) -> Any:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    if isinstance(node, ModuleSpec):
+        yield node.module
+        yield from iterate_modules(node.submodules)
+    elif isinstance(node, (list, tuple)):
+        for item in node:
+            yield from iterate_modules(item)
+    elif dataclasses.is_dataclass(node) and not isinstance(node, type):
+        for field in dataclasses.fields(node):
+            yield from iterate_modules(getattr(node, field.name))
+
+
+def check_tensor_parallel_ranks_use_their_heads() -> None:
+    """Every rank of TP 2, 4 and 8 on 4 KV heads: more ranks than heads share one."""
+    import torch
+
+    from megatron_fope.embedding import FourierEmbedding
+
+    config = transformer_config(num_attention_heads=8, num_query_groups=4)
+    fope = fope_config()
+    whole = FourierEmbedding(config, fope, layer=1).sin_coef
+    for size in (2, 4, 8):
+        for rank in range(size):
+            group = SimpleNamespace(rank=lambda r=rank: r, size=lambda n=size: n)
+            local = FourierEmbedding(config, fope, layer=1, tp_group=group).coefficients()["sin_coef"]
+            heads = [h for h in range(4) if h * size // 4 == rank] if size <= 4 else [rank * 4 // size]
+            if size < 4:
+                heads = list(range(rank * 4 // size, (rank + 1) * 4 // size))
+            assert torch.equal(local, whole[heads]), (size, rank, heads)
+
+
+def check_layers_without_position_embedding_stay_without() -> None:
+    import torch
+
+    model = gpt(fope_config(), no_rope_freq=[1, 0])
+    hidden = torch.randn(8, 1, 64)
+    for layer, rotates in zip(model.decoder.layers, (False, True), strict=True):
+        attention = layer.self_attention
+        plain = super(type(attention), attention).get_query_key_value_tensors(hidden)
+        assert torch.equal(plain[0], attention.get_query_key_value_tensors(hidden)[0]) is not rotates
+        assert "sin_coef" in attention.fope.state_dict(), "all layers need the same checkpoint keys"
+
+
+def check_output_gate_is_left_alone() -> None:
+    import torch
+
+    attention = gpt(fope_config(), attention_output_gate=True).decoder.layers[0].self_attention
+    hidden = torch.randn(8, 1, 64)
+    plain = super(type(attention), attention).get_query_key_value_tensors(hidden, output_gate=True)
+    rotated = attention.get_query_key_value_tensors(hidden, output_gate=True)
+    assert len(rotated) == 4 and torch.equal(plain[3], rotated[3]) and not torch.equal(plain[0], rotated[0])
+
+
+def check_recomputation_gives_the_same_gradients() -> None:
+    import torch
+
+    gradients = []
+    for recompute in (
+        {},
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    ):
+        model = gpt(fope_config(learnable=True), **recompute)
+        model.train()
+        run(model, *tokens()).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert any(name.endswith("fope.sin_coef") for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-7)
+
+
+def check_packed_documents_equal_separate_ones() -> None:
+    """A packed batch must give each document the logits it has alone."""
+    import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    model = gpt(fope_config(gain=1.0))
+    ids, positions = tokens(length=24, batch=1)
+    cu_seqlens = torch.tensor([0, 9, 24], dtype=torch.int32)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=15, max_seqlen_kv=15
+    )
+    together = model(ids, positions, None, packed_seq_params=packed)
+    for start, end in ((0, 9), (9, 24)):
+        alone = run(model, ids[:, start:end], positions[:, : end - start])
+        torch.testing.assert_close(together[:, start:end], alone, rtol=0, atol=2e-5)
+
+
+def check_sharded_state_is_replicated_and_complete() -> None:
+    model = gpt(fope_config())
+    state = model.sharded_state_dict()
+    entries = {k: v for k, v in state.items() if ".fope." in k}
+    assert {k.rsplit(".", 1)[1] for k in entries} == {"sin_coef", "cos_coef"} and len(entries) == 4
+    shapes = {tuple(entry.global_shape) for entry in entries.values()}
+    d_in, d_out = fope_config().d_in(16), fope_config().d_out(16)
+    assert shapes == {(2, 2, d_in, d_out)}, "layers stacked, heads unsharded"
+
+
+def check_positional_context_arguments_are_seen() -> None:
+    """A caller that passes everything by position must not get wrong positions."""
+    import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.attention import SelfAttention
+
+    attention = gpt(fope_config()).decoder.layers[0].self_attention
+    cu_seqlens = torch.tensor([0, 3, 8], dtype=torch.int32)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=5, max_seqlen_kv=5
+    )
+    names = list(inspect.signature(SelfAttention.forward).parameters)[2:]
+    values = [packed if name == "packed_seq_params" else None for name in names]
+    hidden = torch.randn(8, 1, 64)
+    by_position = attention(hidden, *values[: names.index("packed_seq_params") + 1])[0]
+    by_keyword = attention(hidden, None, packed_seq_params=packed)[0]
+    assert torch.equal(by_position, by_keyword)
+    assert not torch.equal(by_keyword, attention(hidden, None)[0])
+
+
+def check_evaluation_in_inference_mode_does_not_poison_training() -> None:
+    import torch
+
+    model = gpt(fope_config(train_length=50, learnable=True))
+    ids, positions = tokens(length=17)
+    with torch.inference_mode():
+        run(model, ids, positions)
+    run(model, ids, positions).square().mean().backward()
+
+
+def main() -> None:
+    start()
+    results = {}
+    for name, check in list(globals().items()):
+        if not name.startswith("check_"):
+            continue
+        try:
+            check()
+            results[name] = None
+        except Exception:
+            results[name] = traceback.format_exc()
+    sys.stdout.flush()
+    print(json.dumps(results), flush=True)
+    os._exit(0)  # a single gloo rank has nothing to wait for
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""FoPE in real Megatron models: layers, precision, layouts of heads, packed data, checkpoint keys."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "scripts" / "model_checks.py"
+CHECKS = re.findall(r"^def (check_\w+)", SCRIPT.read_text(), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, str | None]:
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("check", CHECKS)
+def test_model(check: str, results: dict[str, str | None]) -> None:
+    assert results[check] is None, f"\n{results[check]}"
