@@ -262,12 +262,15 @@ def check_against_checkpoint(args: Any, checkpoint_args: Any, where: str) -> Non
         _refuse_difference("--rotary-base" if field == "rotary_base" else flag(field), value, stored, where)
     shapes = {
         "kv_channels": "--kv-channels",
-        "num_query_groups": "--num-query-groups",
         "fope_kept_frequencies": "number of kept frequencies",
         "fope_series": "number of Fourier series",
     }
-    for name, text in shapes.items():
-        value, stored = getattr(args, name, None), getattr(checkpoint_args, name, None)
+    values = [
+        (text, getattr(args, name, None), getattr(checkpoint_args, name, None))
+        for name, text in shapes.items()
+    ]
+    values.append(("--num-query-groups", _num_kv_heads(args), _num_kv_heads(checkpoint_args)))
+    for text, value, stored in values:
         if value is not None and stored is not None and value != stored:
             _refuse_difference(text, value, stored, where)
 
@@ -281,6 +284,12 @@ def check_position_type(asked: str | None, checkpoint_args: Any, where: str) -> 
     stored = getattr(checkpoint_args, "position_embedding_type", None)
     if stored is not None and asked is not None and asked != stored and FOPE in (asked, stored):
         _refuse_difference("--position-embedding-type", asked, stored, where)
+
+
+def _num_kv_heads(args: Any) -> int | None:
+    """Megatron leaves ``num_query_groups`` at 1 without ``--group-query-attention`` and does not look at it."""
+    grouped = getattr(args, "group_query_attention", False)
+    return getattr(args, "num_query_groups" if grouped else "num_attention_heads", None)
 
 
 def _with_defaults(checkpoint_args: Any, args: Any) -> argparse.Namespace:

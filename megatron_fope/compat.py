@@ -7,6 +7,7 @@ deleted when the oldest of them is dropped.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import importlib.metadata
@@ -97,6 +98,20 @@ def model_classes() -> list[tuple[type, tuple[str, ...]]]:
 
         return [gpt, (MambaModel, ("mamba_stack_spec",))]
     return [gpt, (HybridModel, ("hybrid_stack_spec",))]
+
+
+def repair_help_texts(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Let ``--help`` print Megatron's flags.
+
+    0.19 has a bare percent sign in the help of one flag, which argparse takes for a format and stops at.
+    """
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help and action.help.replace("%", "%%")
+    return parser
 
 
 def null_tokenizer_flags(vocab_size: int) -> list[str]:

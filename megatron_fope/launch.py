@@ -73,8 +73,8 @@ def prepare(*, cpu: bool) -> None:
     if cpu:
         from megatron_fope import cpu as cpu_runtime
 
+        sys.argv[1:] = cpu_runtime.add_argument_defaults(sys.argv[1:])  # bad flags fail before slow imports
         cpu_runtime.enable()
-        sys.argv[1:] = cpu_runtime.add_argument_defaults(sys.argv[1:])
     from megatron_fope.registration import register
 
     register()

@@ -123,7 +123,7 @@ def _targets() -> list[tuple[Any, str, Callable[[Callable], Callable]]]:
 
 def _wrap_add_arguments(original: Callable) -> Callable:
     def add_megatron_arguments(parser: Any) -> Any:
-        return add_fope_arguments(original(parser))
+        return add_fope_arguments(compat.repair_help_texts(original(parser)))
 
     return add_megatron_arguments
 

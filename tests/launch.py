@@ -17,7 +17,7 @@ TINY_MODEL = shlex.split(
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 "
     "--seq-length 64 --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 "
     "--train-iters 3 --log-interval 1 --eval-iters 0 --eval-interval 100 --mock-data "
-    "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 128 "
+    "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 32 "
     "--attention-dropout 0 --hidden-dropout 0"
 )
 """Flags of a model that trains in a second and whose losses do not depend on the parallel layout."""

@@ -1,4 +1,4 @@
-"""Bad input: refused before training with exit code 2 and one line that names the flag and what is allowed."""
+"""Bad input: refused before training with exit code 2 and one line naming the flag and what is allowed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,38 @@ from megatron_fope.evaluation import command as evaluation
 SCRIPT = Path(__file__).parent / "scripts" / "bad_input_cases.py"
 PREFIX = "megatron-fope: error: "
 
-FOPE = ("--position-embedding-type", "fope")
-ROPE = ("--position-embedding-type", "rope")
+FOPE = ["--position-embedding-type", "fope"]
+ROPE = ["--position-embedding-type", "rope"]
+DATA = ["--data-path", "{folder}/data"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A command line, and what its one line must start with and contain."""
+    """A command line, and what its one line must start with and contain; ``{folder}`` is a fixture."""
 
-    flags: tuple[str, ...]
     start: str
-    parts: tuple[str, ...] = ()
+    parts: tuple[str, ...]
+    flags: list[str] = field(default_factory=list)
+    """Megatron's, behind those of a tiny model."""
     complete: bool = True
     """Add the flags that the CPU needs."""
+    extra: list[str] = field(default_factory=list)
+    """Switches that a training script adds to Megatron's."""
+    command: list[str] | None = None
+    """Arguments of ``megatron-fope`` instead."""
 
 
-def case(flags: str, start: str, *parts: str, position: tuple[str, ...] = FOPE, complete: bool = True) -> Case:
-    return Case((*position, *flags.split()), start, parts, complete)
+def case(flags: str, start: str, *parts: str, position: list[str] = FOPE, **more: Any) -> Case:
+    return Case(start, parts, [*position, *flags.split()], **more)
+
+
+def load(
+    name: str, flags: str, start: str, *parts: str, position: list[str] = FOPE, adopt: bool = False
+) -> Case:
+    """A run that loads a checkpoint, whose folder the line names too."""
+    adopting = ["--use-checkpoint-args"] if adopt else []
+    flags_in_order = [*position, "--load", f"{{folder}}/{name}", *adopting, *flags.split()]
+    return Case(start, (*parts, f"the checkpoint in {{folder}}/{name} was trained with"), flags_in_order)
 
 
 SETTINGS = {
@@ -57,9 +72,14 @@ SETTINGS = {
     "base": case("--rotary-base 1", "--rotary-base is 1.0", "greater than 1"),
     "unknown init": case("--fope-init zeros", "--fope-init is 'zeros'", "eye_xavier_norm", "xavier_uniform"),
     "unknown padding": case("--fope-padding 0,0", "--fope-padding is '0,0'", "1,1, 0,1"),
-    "unknown scaling": case("--fope-scaling ntk", "--fope-scaling is 'ntk'", "none, pi, linear, yarn, llama3"),
+    "unknown scaling": case(
+        "--fope-scaling ntk", "--fope-scaling is 'ntk'", "none, pi, linear, yarn, llama3"
+    ),
     "yarn without original length": case(
-        "--fope-scaling yarn --fope-scaling-factor 4", "--fope-original-length is 0", "before extension", "yarn"
+        "--fope-scaling yarn --fope-scaling-factor 4",
+        "--fope-original-length is 0",
+        "before extension",
+        "yarn",
     ),
     "llama3 without original length": case(
         "--fope-scaling llama3 --fope-scaling-factor 4", "--fope-original-length is 0", "llama3"
@@ -77,7 +97,9 @@ SETTINGS = {
     ),
     "attention scaling": case("--fope-attention-scaling 0", "--fope-attention-scaling is 0.0", "> 0"),
     "learnable and shared": case(
-        "--fope-learnable --fope-profile intern-s1-pro", "--fope-learnable is given", "--no-fope-shared-layers"
+        "--fope-learnable --fope-profile intern-s1-pro",
+        "--fope-learnable is given",
+        "--no-fope-shared-layers",
     ),
     "fope flag with rope": case(
         "--fope-gain 0.3", "--fope-gain is 0.3", "--position-embedding-type is 'rope'", "fope", position=ROPE
@@ -87,7 +109,7 @@ SETTINGS = {
         "--fope-clip is False",
         "--position-embedding-type is 'learned_absolute'",
         "fope",
-        position=(),
+        position=[],
     ),
 }
 
@@ -98,6 +120,18 @@ HOST_FLAGS = {
         "--multi-latent-attention", "--multi-latent-attention is given", "leave it out"
     ),
     "multimodal sections": case("--mrope-section 2 3 3", "--mrope-section is given", "leave it out"),
+    "fused rotation of a script that has the flag": case(
+        "--apply-rope-fusion",
+        "--apply-rope-fusion is given",
+        "leave it out",
+        extra=["--apply-rope-fusion"],
+    ),
+    "fused projection and rotation": case(
+        "--fused-single-qkv-rope",
+        "--fused-single-qkv-rope is given",
+        "leave it out",
+        extra=["--fused-single-qkv-rope"],
+    ),
     "no transformer engine": case(
         "--transformer-impl transformer_engine",
         "--transformer-impl is transformer_engine",
@@ -117,41 +151,317 @@ CHECKPOINTS = {
     "paper": {"flags": [*FOPE, "--fope-gain", "0.4"], "format": "torch"},
     "distributed": {"flags": [*FOPE, "--fope-gain", "0.4"], "format": "torch_dist"},
     "intern": {"flags": [*FOPE, "--fope-profile", "intern-s1-pro"], "format": "torch"},
-    "rope": {"flags": [*ROPE], "format": "torch"},
+    "rope": {"flags": ROPE, "format": "torch"},
 }
-FROM_CHECKPOINT = {
-    "another train length": ("paper", "--fope-train-length 32", "--fope-train-length is 32", "64"),
-    "another sequence length": ("paper", "--seq-length 128 --max-position-embeddings 128", "--fope-train-length is 128", "64"),
-    "another head dimension": ("paper", "--kv-channels 32", "--kv-channels is 32", "16"),
-    "another number of KV heads": ("paper", "--group-query-attention --num-query-groups 2", "--num-query-groups is 2", "4"),
-    "fewer frequencies": ("paper", "--fope-num-inv-freq 2", "--fope-num-inv-freq is 2", "None"),
-    "shared heads": ("paper", "--no-fope-separate-heads", "--fope-separate-heads is False", "True"),
-    "another padding": ("paper", "--fope-padding 0,1", "--fope-padding is '0,1'", "'1,1'"),
-    "another base": ("paper", "--rotary-base 20000", "--rotary-base is 20000.0", "10000.0"),
-    "another profile": ("intern", "", "--fope-profile is 'paper'", "'intern-s1-pro'"),
-    "another profile the other way round": (
+LOADING = {
+    "another train length": load(
+        "paper", "--fope-train-length 32", "--fope-train-length is 32", "trained with 64"
+    ),
+    "another sequence length": load(
+        "paper",
+        "--seq-length 128 --max-position-embeddings 128",
+        "--fope-train-length is 128",
+        "trained with 64",
+    ),
+    "another head dimension": load("paper", "--kv-channels 32", "--kv-channels is 32", "trained with 16"),
+    "another number of KV heads": load(
+        "paper", "--group-query-attention --num-query-groups 2", "--num-query-groups is 2", "trained with 4"
+    ),
+    "one KV head": load(
+        "paper", "--group-query-attention --num-query-groups 1", "--num-query-groups is 1", "trained with 4"
+    ),
+    "fewer frequencies": load(
+        "paper", "--fope-num-inv-freq 2", "--fope-num-inv-freq is 2", "trained with None"
+    ),
+    "shared heads": load(
+        "paper", "--no-fope-separate-heads", "--fope-separate-heads is False", "trained with True"
+    ),
+    "another padding": load("paper", "--fope-padding 0,1", "--fope-padding is '0,1'", "trained with '1,1'"),
+    "another base": load("paper", "--rotary-base 20000", "--rotary-base is 20000.0", "trained with 10000.0"),
+    "another profile": load("intern", "", "--fope-profile is 'paper'", "trained with 'intern-s1-pro'"),
+    "another profile the other way round": load(
         "paper",
         "--fope-profile intern-s1-pro",
         "--fope-profile is 'intern-s1-pro'",
-        "'paper'",
+        "trained with 'paper'",
     ),
-    "torch_dist": ("distributed", "--fope-padding 0,1", "--fope-padding is '0,1'", "'1,1'"),
-    "rope checkpoint": ("rope", "", "--position-embedding-type is 'fope'", "'rope'"),
-}  # fmt: skip
-INTO_OTHER_TYPES = {
-    "fope checkpoint into rope": ("paper", ROPE, "--position-embedding-type is 'rope'", "'fope'"),
-    "torch_dist into rope": ("distributed", ROPE, "--position-embedding-type is 'rope'", "'fope'"),
-    "fope checkpoint into Megatron's default": (
-        "paper",
-        (),
-        "--position-embedding-type is 'learned_absolute'",
-        "'fope'",
+    "torch_dist": load("distributed", "--fope-padding 0,1", "--fope-padding is '0,1'", "trained with '1,1'"),
+    "rope into fope": load("rope", "", "--position-embedding-type is 'fope'", "trained with 'rope'"),
+    "fope into rope": load(
+        "paper", "", "--position-embedding-type is 'rope'", "trained with 'fope'", position=ROPE
+    ),
+    "torch_dist into rope": load(
+        "distributed", "", "--position-embedding-type is 'rope'", "trained with 'fope'", position=ROPE
+    ),
+    "fope into the default": load(
+        "paper", "", "--position-embedding-type is 'learned_absolute'", "trained with 'fope'", position=[]
+    ),
+    "its arguments, rope into fope": load(
+        "rope", "", "--position-embedding-type is 'fope'", "trained with 'rope'", adopt=True
+    ),
+    "its arguments, fope into rope": load(
+        "paper", "", "--position-embedding-type is 'rope'", "trained with 'fope'", position=ROPE, adopt=True
+    ),
+    "its arguments, another padding": load(
+        "paper", "--fope-padding 0,1", "--fope-padding is '0,1'", "trained with '1,1'", adopt=True
+    ),
+    "its arguments, another train length": load(
+        "distributed",
+        "--fope-train-length 32",
+        "--fope-train-length is 32",
+        "trained with 64",
+        position=[],
+        adopt=True,
     ),
 }
-WITH_CHECKPOINT_ARGUMENTS = {
-    "rope checkpoint": ("rope", FOPE, "", "--position-embedding-type is 'fope'", "'rope'"),
-    "fope checkpoint": ("paper", ROPE, "", "--position-embedding-type is 'rope'", "'fope'"),
-    "another padding": ("paper", FOPE, "--fope-padding 0,1", "--fope-padding is '0,1'", "'1,1'"),
-    "another train length": ("distributed", (), "--fope-train-length 32", "--fope-train-length is 32", "64"),
-    "another number of frequencies": ("intern", (), "--fope-square --fope-no-clip", "", ""),
+
+EVALUATION = {
+    "fewer tokens than the default lengths": Case(
+        "--tokens is 1000",
+        ("at least the longest length, 1024",),
+        command=["evaluate-perplexity", "--checkpoint", "{folder}/paper", *DATA, "--tokens", "1000"],
+    ),
+    "fewer tokens than a length": Case(
+        "--tokens is 65536",
+        ("at least the longest length, 65537",),
+        command=["evaluate-perplexity", "--checkpoint", "{folder}/rope", *DATA, "--lengths", "64,65537"],
+    ),
 }
+CASES = {
+    f"{group}: {name}": one
+    for group, cases in {
+        "setting": SETTINGS,
+        "host": HOST_FLAGS,
+        "load": LOADING,
+        "evaluate": EVALUATION,
+    }.items()
+    for name, one in cases.items()
+}
+ACCEPTED = {
+    "paper": FOPE,
+    "shortest train length": [*FOPE, "--fope-train-length", "7"],
+    "documents without context parallelism": [*FOPE, "--dataloader-inter-document-masking"],
+    "no flag of FoPE": ROPE,
+    "its own checkpoint": [*FOPE, "--load", "{folder}/paper"],
+    "its own checkpoint, heads as groups": [
+        *(*FOPE, "--load", "{folder}/paper", "--group-query-attention", "--num-query-groups", "4")
+    ],
+    "its own distributed checkpoint": [*FOPE, "--load", "{folder}/distributed"],
+    "rope checkpoint into rope": [*ROPE, "--load", "{folder}/rope"],
+    "a checkpoint's arguments": ["--load", "{folder}/intern", "--use-checkpoint-args"],
+    "a checkpoint with another gain and seed": [
+        *(*FOPE, "--fope-gain", "0.6", "--fope-seed", "5", "--load", "{folder}/paper")
+    ],
+}
+"""Command lines next to the refused ones, which must pass."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the checkpoints are, next to a pair of data files."""
+    folder = tmp_path_factory.mktemp("bad_input")
+    for suffix in ("bin", "idx"):
+        (folder / f"data.{suffix}").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
+    """What became of every case; Megatron is imported once, in a process of its own."""
+    cases = {name: asdict(one) for name, one in CASES.items()}
+    cases |= {f"accepted: {name}": asdict(Case("", (), flags)) for name, flags in ACCEPTED.items()}
+    cases["unparsable"] = asdict(case("--fope-gain big", ""))
+    request = json.dumps({"folder": str(folder), "checkpoints": CHECKPOINTS, "cases": cases})
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        input=request.replace("{folder}", str(folder)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def check_line(text: str, *parts: str) -> None:
+    """One line of ours on standard error, and nothing else."""
+    lines = text.splitlines()
+    assert len(lines) == 1, text
+    assert lines[0].startswith(PREFIX + parts[0]), lines[0]
+    for part in parts[1:]:
+        assert part in lines[0]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", CASES)
+def test_refused(name: str, outcomes: dict[str, dict[str, Any]], folder: Path) -> None:
+    outcome, expected = outcomes[name], CASES[name]
+    assert outcome["error"] is None, outcome["error"]
+    assert outcome["code"] == 2
+    check_line(
+        outcome["stderr"], *(p.replace("{folder}", str(folder)) for p in (expected.start, *expected.parts))
+    )
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_accepted(name: str, outcomes: dict[str, dict[str, Any]]) -> None:
+    outcome = outcomes[f"accepted: {name}"]
+    assert (outcome["code"], outcome["error"]) == (None, None)
+    assert PREFIX not in outcome["stderr"]
+
+
+@pytest.mark.launch
+def test_a_word_instead_of_a_number(outcomes: dict[str, dict[str, Any]]) -> None:
+    """Refused by Megatron's own parser, which prints its usage first."""
+    outcome = outcomes["unparsable"]
+    assert (outcome["code"], outcome["error"]) == (2, None)
+    assert "argument --fope-gain: invalid float value: 'big'" in outcome["stderr"].splitlines()[-1]
+
+
+@pytest.mark.launch
+def test_no_cuda_and_no_cpu_flag() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "megatron_fope", "pretrain", "--num-layers", "1"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 2
+    check_line(run.stderr, "no CUDA device is visible", "--cpu in front")
+    assert run.stdout == ""
+
+
+# Commands that stop before they import Megatron
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``refused([arguments], "start of the line", "part", ...)``."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def refused(argv: list[str | Path], *parts: str) -> None:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(word) for word in argv])
+        captured = capsys.readouterr()
+        assert stop.value.code == 2
+        check_line(captured.err, *parts)
+        assert captured.out == ""
+
+    return refused
+
+
+@pytest.mark.parametrize("cpu_flag", [[], ["--cpu"]])
+def test_script_that_does_not_exist(
+    cpu_flag: list[str], refused: Callable[..., None], tmp_path: Path
+) -> None:
+    script = tmp_path / "pretrain_gpt.py"
+    refused([*cpu_flag, script], f"the training script is '{script}'", "an existing Python file")
+
+
+@pytest.mark.parametrize("argv", [["--cpu"], ["--cpu", "prepare-data"], ["--cpu", "train.yaml"]])
+def test_cpu_flag_with_something_else(argv: list[str], refused: Callable[..., None]) -> None:
+    refused(argv, "--cpu goes in front of a training script, 'pretrain'", repr([*argv, "nothing"][1]))
+
+
+@pytest.mark.parametrize("version", ["0.16.1", "0.20.0", "1.0"])
+def test_megatron_outside_the_supported_range(
+    version: str, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "megatron_version", lambda: compat.Version(version))
+    refused(["--cpu", "pretrain"], f"Megatron-Core {version} is installed", "<0.20", ">=0.17")
+
+
+@pytest.mark.parametrize("version", ["0.17.0", "0.18.2", "0.19.2", "0.19.0rc1"])
+def test_supported_megatron(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "megatron_version", lambda: compat.Version(version))
+    assert str(compat.require_supported_megatron()) == version
+
+
+def test_other_ranks_stay_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(tmp_path / "missing.py")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"data.{suffix}").touch()
+    return tmp_path / "data"
+
+
+def evaluate(data: Path, *flags: str | Path) -> list[str | Path]:
+    return ["evaluate-perplexity", "--data-path", data, *flags]
+
+
+def test_missing_checkpoint(refused: Callable[..., None], data: Path) -> None:
+    folder = data.parent / "nothing"
+    refused(evaluate(data, "--checkpoint", folder), f"--checkpoint is '{folder}'", "a folder made by --save")
+
+
+def test_folder_without_a_checkpoint(refused: Callable[..., None], data: Path) -> None:
+    refused(
+        evaluate(data, "--checkpoint", f"FoPE={data.parent}"),
+        f"--checkpoint is '{data.parent}'",
+        "no latest_checkpointed_iteration.txt there",
+    )
+
+
+def test_tracker_that_names_no_iteration(refused: Callable[..., None], data: Path) -> None:
+    (data.parent / "latest_checkpointed_iteration.txt").write_text("latest")
+    refused(
+        evaluate(data, "--checkpoint", data.parent), "--checkpoint is", "'latest'", "a number or 'release'"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_missing_data(suffix: str, refused: Callable[..., None], data: Path) -> None:
+    missing = data.with_suffix(f".{suffix}")
+    missing.unlink()
+    refused(
+        evaluate(data, "--checkpoint", data.parent),
+        f"--data-path is '{data}'",
+        f"{missing} does not exist",
+    )
+
+
+@pytest.mark.parametrize("lengths", ["0", "64,0", "-64", "1", "", "64,long", "64;128"])
+def test_lengths(lengths: str, refused: Callable[..., None], data: Path) -> None:
+    refused(
+        evaluate(data, "--checkpoint", data.parent, f"--lengths={lengths}"),
+        "--lengths is ",
+        lengths.replace(",", ", ") if lengths.replace(",", "").lstrip("-").isdecimal() else repr(lengths),
+        "whole numbers >= 2, separated by commas",
+    )
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [64, 1]])
+def test_lengths_from_python(lengths: list[int], data: Path) -> None:
+    with pytest.raises(UserError, match=r"^--lengths is ") as error:
+        evaluation.evaluate_perplexity({"FoPE": data.parent}, data, lengths=lengths)
+    assert str(lengths) in str(error.value)
+
+
+def test_two_checkpoints_of_one_name(refused: Callable[..., None], data: Path) -> None:
+    refused(
+        evaluate(data, "--checkpoint", "a/fope", "--checkpoint", "b/fope"),
+        "--checkpoint has the labels fope, fope",
+        "NAME=FOLDER",
+    )
+
+
+def test_cpu_flag_in_front_reaches_the_evaluation(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    seen = []
+    monkeypatch.setattr(evaluation, "run", lambda arguments: seen.append(arguments.cpu) or 0)
+    argv = [str(word) for word in evaluate(data, "--checkpoint", "fope")]
+    for front in ([], ["--cpu"]):
+        assert cli.main([*front, *argv]) == 0
+    assert seen == [False, True]

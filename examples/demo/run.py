@@ -34,7 +34,7 @@ CPU = os.environ.get("DEMO_GPU") != "1"
 
 TOKENS_PER_ITER = 2048
 MODEL = [
-    *("--num-layers", "6", "--hidden-size", "128", "--num-attention-heads", "2"),
+    *("--num-layers", "4", "--hidden-size", "128", "--num-attention-heads", "2"),
     *("--seq-length", str(LENGTH), "--max-position-embeddings", str(LENGTH)),
     *("--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"),
     *("--attention-dropout", "0", "--hidden-dropout", "0", "--make-vocab-size-divisible-by", "128"),

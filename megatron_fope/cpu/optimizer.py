@@ -45,7 +45,9 @@ def install() -> None:
         return original_state_dict(self, *args, **kwargs)
 
     def load_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original_load(self, *args, **kwargs)
+        # 0.17 copies into main parameters that require gradients without leaving autograd first.
+        with torch.no_grad():
+            result = original_load(self, *args, **kwargs)
         if isinstance(self.optimizer, torch.optim.Adam):
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:

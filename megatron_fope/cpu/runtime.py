@@ -30,7 +30,6 @@ def enable() -> None:
         return
     _enabled = True
 
-    threads_chosen = "OMP_NUM_THREADS" in os.environ
     prepare_environment()
     _hide_cuda_libraries()
 
@@ -38,9 +37,8 @@ def enable() -> None:
 
     from megatron_fope.cpu import cuda
 
-    if not threads_chosen:
-        # OpenMP read the environment when torch was loaded, which may have been before.
-        torch.set_num_threads(default_num_threads())
+    # OpenMP read the environment when torch was loaded, which may have been before.
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     _compile_nothing()
     cuda.install()
     _patch_megatron()

@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
 import sys
 import traceback
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_fope import cpu
 
-TINY_MODEL = (
-    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
-    "--micro-batch-size 2 --global-batch-size 4 --train-iters 1 --lr 1e-3 --mock-data "
-    "--tokenizer-type NullTokenizer --vocab-size 127"
-).split()
+TINY_MODEL = [
+    *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4"),
+    *("--seq-length", "64", "--max-position-embeddings", "64"),
+    *("--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "1", "--lr", "1e-3"),
+    *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "127"),
+]
 """16 channels per head and 4 KV heads."""
 
 
-def outcome(action: Any, *arguments: Any) -> dict[str, Any]:
+def outcome(action: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
     """Run something that may exit; see the module's docstring."""
     code, error, result = None, None, None
     stderr, stdout = io.StringIO(), io.StringIO()
@@ -42,18 +44,25 @@ def outcome(action: Any, *arguments: Any) -> dict[str, Any]:
     return {"code": code, "error": error, "stderr": stderr.getvalue(), "args": result}
 
 
-def start(flags: list[str], *, complete: bool = True) -> argparse.Namespace:
+def start(flags: list[str], *, complete: bool = True, extra: list[str] | None = None) -> argparse.Namespace:
     """What Megatron does with a command line before it initialises anything, in Megatron's order.
 
     Args:
         flags: added to :data:`TINY_MODEL`; later ones win.
         complete: add the flags that a CPU needs.
+        extra: switches that a training script adds to Megatron's parser.
     """
+
+    def add_extra(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        for switch in extra or []:
+            parser.add_argument(switch, action="store_true")
+        return parser
+
     from megatron.training import arguments, checkpointing
 
     argv = [*TINY_MODEL, *flags]
     sys.argv = ["train", *(cpu.add_argument_defaults(argv) if complete else argv)]
-    args = arguments.parse_args()
+    args = arguments.parse_args(add_extra)
     if args.use_checkpoint_args:
         checkpointing.load_args_from_checkpoint(args)
     arguments.validate_args(args, {})
@@ -98,7 +107,6 @@ def main() -> None:
     request = json.load(sys.stdin)
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
-    warnings.simplefilter("ignore")
     cpu.enable()
     from megatron_fope import register
 
@@ -110,10 +118,12 @@ def main() -> None:
         save_checkpoint(folder / name, args, checkpoint["format"])
     outcomes = {}
     for name, case in request["cases"].items():
-        if "command" in case:
+        if case["command"] is not None:
             outcomes[name] = outcome(command, case["command"])
         else:
-            outcomes[name] = outcome(lambda case=case: start(case["flags"], complete=case["complete"]))
+            outcomes[name] = outcome(
+                functools.partial(start, case["flags"], complete=case["complete"], extra=case["extra"])
+            )
         outcomes[name]["args"] = scalars(outcomes[name]["args"])
     print(json.dumps(outcomes))
 

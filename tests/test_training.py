@@ -1,0 +1,244 @@
+"""``--position-embedding-type fope`` in Megatron's own training loop, on real data, from start to evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from launch import ROOT, TINY_MODEL, losses, torchrun
+
+from megatron_fope.config import FoPEConfig
+from megatron_fope.data import prepare_data
+
+pytestmark = pytest.mark.launch
+
+HEAD_DIM, KV_HEADS, LAYERS, LENGTH = 16, 2, 4, 64
+
+
+@dataclass
+class Run:
+    """A finished training run."""
+
+    log: str
+    folder: Path
+
+    @property
+    def losses(self) -> list[float]:
+        return losses(self.log)
+
+    @property
+    def grad_norms(self) -> list[float]:
+        return [float(x) for x in re.findall(r"\| grad norm: ([\d.]+)", self.log)]
+
+
+class Trainer:
+    """Trains the tiny model on prepared text."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        data = prepare_data(ROOT / "tests", folder / "text", include=["*.py"], show_progress=False)
+        self.prefix = data.train.prefix
+        self.flags = [f for f in TINY_MODEL if f != "--mock-data"] + list(data.train_flags)
+        # 512 rows for one rank and for two; Megatron pads to a multiple of this times the ranks.
+        self.flags += ["--make-vocab-size-divisible-by", "256", "--split", "1,0,0"]
+        self.flags += ["--data-path", self.prefix, "--data-cache-path", str(folder / "cache")]
+
+    def run(
+        self,
+        name: str,
+        *flags: str,
+        nproc: int = 1,
+        entry: tuple[str, ...] = ("-m", "megatron_fope", "--cpu", "pretrain"),
+        check: bool = True,
+    ) -> Run:
+        folder = self.folder / name
+        done = torchrun(
+            nproc,
+            [
+                *entry,
+                *self.flags,
+                "--train-iters",
+                "4",
+                "--save",
+                str(folder),
+                "--save-interval",
+                "4",
+                *flags,
+            ],
+        )
+        if check:
+            assert done.returncode == 0, done.stdout[-6000:]
+        return Run(done.stdout, folder)
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return Trainer(tmp_path_factory.mktemp("training"))
+
+
+FOPE = ("--position-embedding-type", "fope")
+TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+
+
+@pytest.fixture(scope="module")
+def one_rank(trainer: Trainer) -> Run:
+    return trainer.run(
+        "one_rank", *FOPE, "--save-interval", "2", "--tensorboard-dir", str(trainer.folder / "tensorboard")
+    )
+
+
+@pytest.fixture(scope="module")
+def two_ranks(trainer: Trainer) -> Run:
+    return trainer.run("two_ranks", *FOPE, *TP2, nproc=2)
+
+
+def stored(run: Run, name: str, iteration: int = 4) -> torch.Tensor:
+    """A coefficient tensor as the checkpoint holds it: ``[layers, KV heads, D_in, D_out]``."""
+    from torch.distributed import checkpoint
+
+    folder = run.folder / f"iter_{iteration:07d}"
+    metadata = checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
+    (key,) = [key for key in metadata if key.endswith(f"fope.{name}") and not key.startswith("optimizer")]
+    entry = metadata[key]
+    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
+    checkpoint.load(state, checkpoint_id=folder, no_dist=True)
+    return state[key]
+
+
+def test_start_up_says_what_runs(one_rank: Run) -> None:
+    (settings, implementation) = [line for line in one_rank.log.splitlines() if line.startswith("> FoPE: ")]
+    for part in ("profile paper", "train length 64", "3 frequencies", "5 clipped", "gain 0.3", "frozen"):
+        assert part in settings
+    assert "PyTorch" in implementation
+
+
+def test_settings_reach_tensorboard(one_rank: Run, trainer: Trainer) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(trainer.folder / "tensorboard"))
+    events.Reload()
+    texts = set(events.Tags()["tensors"])
+    for name in ("fope_profile", "fope_kept_frequencies", "fope_clipped_frequencies", "fope_implementation"):
+        assert f"{name}/text_summary" in texts
+    assert "lm loss" in events.Tags()["scalars"]
+
+
+def test_tensor_parallel_training_agrees(one_rank: Run, two_ranks: Run) -> None:
+    assert len(one_rank.losses) == 4
+    assert two_ranks.losses == pytest.approx(one_rank.losses, abs=1e-5)
+    assert two_ranks.grad_norms == pytest.approx(one_rank.grad_norms, abs=2e-3)  # printed with 3 digits
+
+
+def test_checkpoint_holds_the_coefficients_exactly(one_rank: Run, two_ranks: Run) -> None:
+    config = FoPEConfig.from_profile(train_length=LENGTH)
+    for name in ("sin_coef", "cos_coef"):
+        layers = [config.make_coefficients(KV_HEADS, HEAD_DIM, layer=i + 1)[name] for i in range(LAYERS)]
+        for run in (one_rank, two_ranks):
+            assert torch.equal(stored(run, name), torch.stack(layers))
+
+
+def test_resuming_continues_exactly(trainer: Trainer, one_rank: Run) -> None:
+    """From iteration 2, with other fresh coefficients: those of the checkpoint must win."""
+    run = trainer.run(
+        "resumed", *FOPE, "--load", str(one_rank.folder), "--ckpt-step", "2", "--fope-seed", "9"
+    )
+    third, fourth = one_rank.losses[2:]
+    # See launch.losses: the second number after a start is the mean of two.
+    assert run.losses[0] == third
+    assert 2 * run.losses[1] - run.losses[0] == pytest.approx(fourth, abs=3e-6)
+    assert torch.equal(stored(run, "sin_coef"), stored(one_rank, "sin_coef"))
+
+
+def test_use_checkpoint_args_restores_fope(trainer: Trainer, one_rank: Run) -> None:
+    """No FoPE flag at all, and another layout."""
+    run = trainer.run(
+        "from_args", "--load", str(one_rank.folder), "--ckpt-step", "2", "--use-checkpoint-args", *TP2,
+        "--finetune", "--train-iters", "1", nproc=2,
+    )  # fmt: skip
+    assert "> FoPE: profile paper, train length 64" in run.log
+    assert run.losses[0] == pytest.approx(one_rank.losses[2], abs=0.5)  # the same model, not a fresh one
+    assert run.losses[0] < one_rank.losses[0] - 0.05
+
+
+def test_other_settings_than_the_checkpoints_are_refused(trainer: Trainer, one_rank: Run) -> None:
+    run = trainer.run(
+        "refused", *FOPE, "--fope-padding", "0,1", "--load", str(one_rank.folder), check=False
+    )  # fmt: skip
+    (line,) = [line for line in run.log.splitlines() if line.startswith("megatron-fope: error: ")]
+    assert "--fope-padding is '0,1'" in line and "'1,1'" in line and not run.losses
+    assert not (run.folder / "latest_checkpointed_iteration.txt").exists()
+
+
+@pytest.fixture(scope="module")
+def learnable(trainer: Trainer) -> list[Run]:
+    flags = (*FOPE, "--fope-learnable", "--lr", "1e-2")
+    return [trainer.run("learnable1", *flags), trainer.run("learnable2", *flags, *TP2, nproc=2)]
+
+
+def test_learnable_coefficients_train_alike_under_tensor_parallelism(learnable: list[Run]) -> None:
+    """Each rank owns one of two KV heads; the other head's gradient must arrive from the other rank."""
+    single, parallel = learnable
+    assert parallel.losses == pytest.approx(single.losses, abs=1e-5)
+    assert parallel.grad_norms == pytest.approx(single.grad_norms, abs=2e-3)
+    config = FoPEConfig.from_profile(train_length=LENGTH)
+    start = config.make_coefficients(KV_HEADS, HEAD_DIM, layer=1)["cos_coef"]
+    moved = [(stored(run, "cos_coef")[0] - start).abs().amax(dim=(1, 2)) for run in learnable]
+    assert all(m.min() > 1e-3 for m in moved), "the coefficients of every head must have moved"
+    # Adam's first steps have the size of the learning rate whatever the gradient, so tiny gradients'
+    # signs decide: compare where they are not tiny.
+    torch.testing.assert_close(stored(parallel, "cos_coef"), stored(single, "cos_coef"), rtol=0, atol=2e-3)
+
+
+def test_half_precision_keeps_coefficients_exact(trainer: Trainer) -> None:
+    run = trainer.run("bf16", *FOPE, "--bf16", *TP2, nproc=2)
+    assert run.losses[-1] < run.losses[0]
+    coefficients = stored(run, "sin_coef")
+    expected = FoPEConfig.from_profile(train_length=LENGTH).make_coefficients(KV_HEADS, HEAD_DIM, layer=1)
+    assert coefficients.dtype == torch.float32 and torch.equal(coefficients[0], expected["sin_coef"])
+
+
+def test_one_line_in_the_users_own_script(trainer: Trainer, one_rank: Run) -> None:
+    script = ROOT / "tests" / "scripts" / "own_training_script.py"
+    run = trainer.run(
+        "own_script", *FOPE, "--train-iters", "1", "--lr-decay-iters", "4", entry=(str(script),)
+    )
+    assert run.losses == one_rank.losses[:1]
+
+
+@pytest.mark.skipif(
+    "MEGATRON_LM" not in os.environ, reason="MEGATRON_LM does not name a Megatron-LM checkout"
+)
+def test_unmodified_megatron_lm_checkout(trainer: Trainer, one_rank: Run) -> None:
+    script = Path(os.environ["MEGATRON_LM"]) / "pretrain_gpt.py"
+    run = trainer.run("checkout", *FOPE, *TP2, nproc=2, entry=("-m", "megatron_fope", "--cpu", str(script)))
+    assert run.losses == pytest.approx(one_rank.losses, abs=1e-5)
+
+
+def test_perplexity_of_checkpoints(trainer: Trainer, one_rank: Run, two_ranks: Run) -> None:
+    """The command, at lengths below and beyond the training's; layouts agree and numbers are sane."""
+    from megatron_fope.evaluation.command import evaluate_perplexity
+
+    output, picture = trainer.folder / "report.json", trainer.folder / "report.png"
+    report = evaluate_perplexity(
+        {"one rank": one_rank.folder, "two ranks": two_ranks.folder},
+        trainer.prefix,
+        lengths=[32, 64, 200],
+        num_tokens=1000,
+        tokens_per_batch=256,
+        cpu=True,
+        output=output,
+        picture=picture,
+    )
+    assert json.loads(output.read_text()) == report and picture.stat().st_size > 10_000
+    one, two = (report["checkpoints"][name] for name in ("one rank", "two ranks"))
+    assert one["position_embedding_type"] == "fope" and one["train_length"] == LENGTH
+    assert [row["length"] for row in one["results"]] == [32, 64, 200]
+    assert [row["tokens"] for row in one["results"]] == [992, 960, 1000]
+    for a, b in zip(one["results"], two["results"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+    at_train_length = one["results"][1]["loss"]
+    assert at_train_length == pytest.approx(one_rank.losses[-1], abs=0.5), "the model that was trained"
