@@ -9,7 +9,7 @@ export PYTHON TORCH_INDEX_URL VENV
 
 help:
 	@echo "make demo   train a RoPE and a FoPE twin, evaluate both up to 16x the training length"
-	@echo "            DEMO_ITERS=1500 DEMO_OUT=out/demo"
+	@echo "            DEMO_ITERS=1000 DEMO_OUT=out/demo"
 	@echo "make test   the whole test suite"
 	@echo "make lint   ruff"
 	@echo "make setup  only the environment, in $(VENV)"

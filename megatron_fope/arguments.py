@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from typing import Any
 
 from megatron_fope.attention import check_host_config
 from megatron_fope.config import PADDINGS, PROFILES, SCALINGS, FoPEConfig
 from megatron_fope.embedding import ROTATION_PATH
-from megatron_fope.errors import UserError
+from megatron_fope.errors import UserError, exit_on_user_error
 from megatron_fope.functional import INITIALIZATIONS
 
 FOPE = "fope"
@@ -22,8 +23,8 @@ _FIELDS = [field for field in dataclasses.fields(FoPEConfig) if field.name != "r
 _PROFILE_FIELDS = tuple(next(iter(PROFILES.values())))
 
 _HELP: dict[str, str] = {
-    "profile": "Which published variant: 'paper' (the authors' code) or 'intern-s1-pro' (XTuner, vLLM, SGLang, "
-    "LMDeploy). Decides the defaults marked (profile).",
+    "profile": "Which published variant: 'paper' (the authors' code) or 'intern-s1-pro' (XTuner, vLLM, "
+    "SGLang, LMDeploy). Decides the defaults marked (profile).",
     "train_length": "Training length L in tokens; frequencies that complete less than one cycle in L are "
     "clipped. Keep it when you evaluate at another --seq-length. Default: --seq-length.",
     "gain": "Spread of the random coefficients around the identity, > 0 (paper: 0.3, 0.4, 0.6 for 60M, 180M, "
@@ -53,7 +54,7 @@ _HELP: dict[str, str] = {
     "yarn_beta_slow": "Cycles below which YaRN fully interpolates a frequency.",
     "yarn_extrapolation_factor": "Weight of YaRN's unscaled part.",
     "attention_scaling": "Factor on sin and cos (YaRN's temperature is 0.1 ln(factor) + 1).",
-    "exact_angles": "Angles in float64: more exact beyond 8k tokens, but different from every published engine.",
+    "exact_angles": "Angles in float64: more exact beyond 8k tokens, but unlike every published engine.",
 }
 _CHOICES = {
     "profile": tuple(PROFILES),
@@ -77,6 +78,8 @@ def add_fope_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     action = parser._option_string_actions.get("--position-embedding-type")
     if action is not None and action.choices is not None and FOPE not in action.choices:
         action.choices = [*action.choices, FOPE]
+    if flag("profile") in parser._option_string_actions:
+        return parser  # registered again on top of somebody else's wrapper
     group = parser.add_argument_group("FoPE", "Fourier position embedding (--position-embedding-type fope)")
     for field in _FIELDS:
         # argparse formats help with %; our texts contain none.
@@ -87,10 +90,21 @@ def add_fope_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
             # Checked by FoPEConfig, whose one line names what is allowed.
             options["metavar"] = "{" + " ".join(_CHOICES[field.name]) + "}"
         else:
-            options["type"] = float if field.type == "float" else int
-            options["metavar"] = "X" if field.type == "float" else "N"
+            kind = float if field.type == "float" else int
+            options["type"] = functools.partial(_number, kind, flag(field.name))
+            options["metavar"] = "X" if kind is float else "N"
         group.add_argument(flag(field.name), **options)
     return parser
+
+
+def _number(kind: type, name: str, text: str) -> float | int:
+    """Parse a number, or leave with one line: argparse would print Megatron's whole usage first."""
+    try:
+        return kind(text)
+    except ValueError:
+        allowed = "a number" if kind is float else "a whole number"
+        with exit_on_user_error():
+            raise UserError(f"{name} is {text!r}; allowed: {allowed}") from None
 
 
 def _help(field: dataclasses.Field) -> str:
@@ -287,7 +301,7 @@ def check_position_type(asked: str | None, checkpoint_args: Any, where: str) -> 
 
 
 def _num_kv_heads(args: Any) -> int | None:
-    """Megatron leaves ``num_query_groups`` at 1 without ``--group-query-attention`` and does not look at it."""
+    """Megatron leaves ``num_query_groups`` at 1 without ``--group-query-attention`` and ignores it."""
     grouped = getattr(args, "group_query_attention", False)
     return getattr(args, "num_query_groups" if grouped else "num_attention_heads", None)
 

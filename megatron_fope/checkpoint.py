@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ def _stored_state(iteration: Path) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
     if dist_checkpointing.check_is_distributed_checkpoint(str(iteration)):
-        return dist_checkpointing.load_common_state_dict(str(iteration))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+            return dist_checkpointing.load_common_state_dict(str(iteration))
     import torch
     from megatron.core.safe_globals import register_safe_globals
 

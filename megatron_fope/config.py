@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,9 +78,9 @@ class FoPEConfig:
     clip: bool = True
     """Apply the floor at all."""
     drop_clipped: bool = True
-    """Remove clipped frequencies from the basis and pad (``fourier_ignore_zero``); False keeps them as zeros."""
+    """Remove clipped frequencies and pad (``fourier_ignore_zero``); False keeps them as zeros."""
     basis_dim: int = 0
-    """Spread the frequencies over more channels than head_dim (``fourier_dim``); 0 or <= head_dim: no effect."""
+    """Spread the frequencies over more channels than head_dim (``fourier_dim``); 0: head_dim."""
     separate_heads: bool = True
     """Coefficients per KV head instead of one matrix for all heads."""
     separate_basis: bool = True
@@ -252,7 +253,7 @@ class FoPEConfig:
         if not num_kept:
             raise UserError(
                 f"--fope-train-length is {self.train_length}: no frequency completes {self.floor_ratio:g} "
-                f"cycle(s) in it (floor {functional.floor_frequency(self.train_length, self.floor_ratio):.3g}, "
+                f"cycle(s) in it (floor {self._floor():.3g}, "
                 "fastest frequency 1 radian per token); use at least "
                 f"{int(2 * 3.1416 * self.floor_ratio) + 1} tokens"
             )
@@ -267,6 +268,10 @@ class FoPEConfig:
             if not ok:
                 raise UserError(f"{flag} is {value!r}; allowed: {allowed}")
 
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            finite = not isinstance(value, float) or math.isfinite(value)
+            require(finite, "--fope-" + field.name.replace("_", "-"), value, "finite numbers")
         require(self.train_length >= 2, "--fope-train-length", self.train_length, "at least 2 tokens")
         require(self.gain > 0, "--fope-gain", self.gain, "greater than 0")
         require(self.rotary_base > 1, "--rotary-base", self.rotary_base, "greater than 1")
@@ -296,6 +301,9 @@ class FoPEConfig:
                 "--fope-learnable is given with coefficients shared by all layers; allowed: "
                 "--no-fope-shared-layers (each layer then learns its own)"
             )
+
+    def _floor(self) -> float:
+        return functional.floor_frequency(self.train_length, self.floor_ratio)
 
     def _layer_seed(self, stack: str, layer: int) -> int:
         if self.shared_layers:
@@ -336,7 +344,7 @@ def _frequency_mask(config: FoPEConfig, head_dim: int) -> Tensor:
         inv_freq = _scaled(config, inv_freq, dim)
     return functional.frequency_mask(
         inv_freq,
-        functional.floor_frequency(config.train_length, config.floor_ratio) if config.clip else None,
+        config._floor() if config.clip else None,
         strict=config.strict_floor,
         num_inv_freq=config.num_inv_freq,
     )

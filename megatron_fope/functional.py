@@ -14,8 +14,8 @@ The ``D_in`` frequencies ``w_i`` are RoPE's, without those too slow to complete 
 length. Channel pairs that get no series (``j >= D_out``) use a constant ``(sin, cos)``, the padding.
 
 Letters in shapes: ``T`` positions, ``H`` coefficient heads (KV heads; 1 where heads share), ``D_in``
-frequencies, ``D_out`` series, ``half`` = head_dim / 2 channel pairs. Channel ``j`` is paired with ``j + half``
-(NeoX halves, never interleaved).
+frequencies, ``D_out`` series, ``half`` = head_dim / 2 channel pairs. Channel ``j`` is paired with
+``j + half`` (NeoX halves, never interleaved).
 
 The precision of a computation is the dtype of its frequencies: float32 reproduces every published
 implementation, float64 is used for exact angles and for gradient checks.
@@ -296,7 +296,8 @@ def grow_coefficients(
         return old[..., :d_in, :d_out].clone()
     if old_in > d_in or old_out > d_out:
         raise ValueError(
-            f"coefficients {old_in} x {old_out} cannot become {d_in} x {d_out}: one side grows, the other shrinks"
+            f"coefficients {old_in} x {old_out} cannot become {d_in} x {d_out}: one side grows, the other "
+            "shrinks"
         )
     shape = (*old.shape[:-2], d_in, d_out)
     new = (

@@ -180,7 +180,7 @@ def _wrap_load_base_checkpoint(original: Callable) -> Callable:
 def _wrap_model(spec_arguments: tuple[str, ...], original: Callable) -> Callable:
     signature = inspect.signature(original)
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         if bound.arguments.get("position_embedding_type") != FOPE:
             original(self, *args, **kwargs)
@@ -206,8 +206,8 @@ def _config_from_global_args() -> FoPEConfig:
         return fope_config_from_args(get_args())
     except AssertionError:
         raise UserError(
-            'a model is built with position_embedding_type="fope" outside Megatron\'s training loop; pass the '
-            "settings: register(FoPEConfig.from_profile(...))"
+            'a model is built with position_embedding_type="fope" outside Megatron\'s training loop; pass '
+            "the settings: register(FoPEConfig.from_profile(...))"
         ) from None
 
 

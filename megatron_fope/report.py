@@ -48,9 +48,9 @@ class LayerReport:
         """One line for logs: profile, train length, kept and clipped frequencies, channels, gain."""
         fope = self.fope
         return (
-            f"profile {fope.profile}, train length {fope.train_length} tokens, {self.d_in} frequencies in the "
-            f"basis ({self.num_clipped} clipped), {self.d_out} of {self.num_pairs} channel pairs with a series "
-            f"(the others sin,cos = {fope.padding}), gain {fope.gain:g}, "
+            f"profile {fope.profile}, train length {fope.train_length} tokens, {self.d_in} frequencies in "
+            f"the basis ({self.num_clipped} clipped), {self.d_out} of {self.num_pairs} channel pairs with a "
+            f"series (the others sin,cos = {fope.padding}), gain {fope.gain:g}, "
             f"{'learnable' if fope.learnable else 'frozen'} coefficients"
         )
 

@@ -1,4 +1,4 @@
-"""``--position-embedding-type fope`` in Megatron's own training loop, on real data, from start to evaluation."""
+"""The flag in Megatron's own training loop, on real data, from the first log line to the evaluation."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ ranks through Megatron's training loop, and evaluates both checkpoints at 0.5 to
 Needs no GPU and no download.
 
 Environment variables:
-    DEMO_ITERS   training iterations of 2048 tokens (default 1500)
+    DEMO_ITERS   training iterations of 2048 tokens (default 1000)
     DEMO_LENGTH  training length in tokens (default 128)
     DEMO_OUT     output folder (default out/demo)
     DEMO_GPU=1   train on two GPUs instead of the CPU
@@ -27,7 +27,7 @@ from pathlib import Path
 from megatron_fope.data import prepare_data
 from megatron_fope.evaluation.command import evaluate_perplexity, table
 
-ITERS = int(os.environ.get("DEMO_ITERS", "1500"))
+ITERS = int(os.environ.get("DEMO_ITERS", "1000"))
 LENGTH = int(os.environ.get("DEMO_LENGTH", "128"))
 OUT = Path(os.environ.get("DEMO_OUT", "out/demo"))
 CPU = os.environ.get("DEMO_GPU") != "1"
@@ -36,14 +36,34 @@ TOKENS_PER_ITER = 2048
 MODEL = [
     *("--num-layers", "4", "--hidden-size", "128", "--num-attention-heads", "2"),
     *("--seq-length", str(LENGTH), "--max-position-embeddings", str(LENGTH)),
-    *("--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"),
+    *(
+        "--normalization",
+        "RMSNorm",
+        "--swiglu",
+        "--disable-bias-linear",
+        "--untie-embeddings-and-output-weights",
+    ),
     *("--attention-dropout", "0", "--hidden-dropout", "0", "--make-vocab-size-divisible-by", "128"),
 ]
 TRAINING = [
     *("--tensor-model-parallel-size", "2"),
-    *("--micro-batch-size", str(TOKENS_PER_ITER // LENGTH), "--global-batch-size", str(TOKENS_PER_ITER // LENGTH)),
+    *(
+        "--micro-batch-size",
+        str(TOKENS_PER_ITER // LENGTH),
+        "--global-batch-size",
+        str(TOKENS_PER_ITER // LENGTH),
+    ),
     *("--train-iters", str(ITERS), "--lr", "2e-3", "--min-lr", "2e-4", "--lr-decay-style", "cosine"),
-    *("--lr-warmup-iters", str(ITERS // 20), "--weight-decay", "0.1", "--clip-grad", "1.0", "--adam-beta2", "0.95"),
+    *(
+        "--lr-warmup-iters",
+        str(ITERS // 20),
+        "--weight-decay",
+        "0.1",
+        "--clip-grad",
+        "1.0",
+        "--adam-beta2",
+        "0.95",
+    ),
     *("--split", "99,1,0", "--eval-interval", str(ITERS), "--eval-iters", "8"),
     *("--log-interval", str(max(1, ITERS // 10)), "--save-interval", str(ITERS)),
 ]
@@ -65,7 +85,9 @@ def main() -> None:
         overwrite=True,
         show_progress=False,
     )
-    print(f"     {data.documents} files, {data.tokens / 1e6:.1f} million tokens, {data.heldout.tokens} held out")
+    print(
+        f"     {data.documents} files, {data.tokens / 1e6:.1f} million tokens, {data.heldout.tokens} held out"
+    )
 
     for number, position in ((2, "rope"), (3, "fope")):
         step(f"{number}/4  training with --position-embedding-type {position}: {ITERS} iterations, 2 ranks")
@@ -84,7 +106,9 @@ def main() -> None:
     (OUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"\nPerplexity per byte on held-out source, trained at {LENGTH} tokens:\n")
     print(table(report))
-    print(f"\n{OUT / 'report.json'}  {OUT / 'length_generalization.png'}  ({report['run']['minutes']} minutes)")
+    print(
+        f"\n{OUT / 'report.json'}  {OUT / 'length_generalization.png'}  ({report['run']['minutes']} minutes)"
+    )
 
 
 def step(text: str) -> None:

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-from megatron_fope.cpu.environment import default_num_threads, prepare_environment
+from megatron_fope.cpu.environment import prepare_environment
 
 logger = logging.getLogger(__name__)
 

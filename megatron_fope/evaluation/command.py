@@ -22,15 +22,16 @@ logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.description = (
-        "Perplexity of one or more Megatron checkpoints (RoPE or FoPE) over context lengths: the same tokens are "
-        "cut into windows of each length. The model, its precision and its TP and PP sizes come from the checkpoint."
+        "Perplexity of one or more Megatron checkpoints (RoPE or FoPE) over context lengths: the same tokens "
+        "are cut into windows of each length. The model, its precision and its TP and PP sizes come from the "
+        "checkpoint."
     )
     parser.add_argument(
         "--checkpoint",
         action="append",
         required=True,
         metavar="[NAME=]FOLDER",
-        help="folder made by Megatron's --save; may be given several times. NAME is its label, default: the folder's",
+        help="folder made by Megatron's --save; may be repeated. NAME labels it, default: the folder's name",
     )
     parser.add_argument(
         "--data-path",
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths",
         metavar="N,N,...",
-        help="context lengths in tokens. Default: 0.5, 1, 2, 4, 8 and 16 times the first checkpoint's train length",
+        help="context lengths in tokens. Default: 0.5 to 16 times the first checkpoint's train length",
     )
     parser.add_argument("--tokens", type=int, default=65536, metavar="N", help="tokens evaluated per length")
     parser.add_argument(

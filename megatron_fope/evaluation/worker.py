@@ -51,8 +51,8 @@ def main(request_file: str, result_file: str) -> None:
     tokens = read_tokens(request["data_path"], request["num_tokens"] + 1)
     if tokens.numel() <= max(request["lengths"]):
         raise UserError(
-            f"--data-path is {request['data_path']!r}: it holds {tokens.numel()} tokens; allowed: more than the "
-            f"longest length, {max(request['lengths'])}"
+            f"--data-path is {request['data_path']!r}: it holds {tokens.numel()} tokens; allowed: more than "
+            f"the longest length, {max(request['lengths'])}"
         )
     results = [
         {"length": length} | perplexity(model, tokens, length, request["tokens_per_batch"])

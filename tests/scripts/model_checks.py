@@ -1,7 +1,8 @@
 """Checks that need a real Megatron model, run in one process because Megatron's import takes seconds.
 
-Prints one JSON object ``{check: null or traceback}`` as its last line; ``tests/test_model.py`` shows each check
-as a test of its own. The CPU runtime changes torch for the whole process, so none of this runs inside pytest.
+Prints one JSON object ``{check: null or traceback}`` as its last line; ``tests/test_model.py`` shows each
+check as a test of its own. The CPU runtime changes torch for the whole process, so none of this runs inside
+pytest.
 """
 
 from __future__ import annotations
@@ -239,7 +240,6 @@ def check_hybrid_and_transformer_engine_specs_convert() -> None:
 
     from megatron_fope import FoPESelfAttention, compat, with_fope
 
-    classes = lambda spec: [c for c in iterate_modules(spec)]  # noqa: E731
     try:
         te = get_gpt_layer_with_transformer_engine_spec()
     except (ImportError, TypeError, AttributeError, NameError, AssertionError):
@@ -248,8 +248,8 @@ def check_hybrid_and_transformer_engine_specs_convert() -> None:
     assert specs, "neither spec could be imported"
     for spec in specs:
         converted = with_fope(spec, fope_config())
-        assert SelfAttention in classes(spec) and SelfAttention not in classes(converted)
-        assert FoPESelfAttention in classes(converted)
+        assert SelfAttention in iterate_modules(spec) and SelfAttention not in iterate_modules(converted)
+        assert FoPESelfAttention in iterate_modules(converted)
 
 
 def iterate_modules(node: Any) -> Any:
