@@ -153,6 +153,27 @@ def test_resuming_continues_exactly(trainer: Trainer, one_rank: Run) -> None:
     assert torch.equal(stored(run, "sin_coef"), stored(one_rank, "sin_coef"))
 
 
+LAYOUTS = {
+    "tensor": TP2,
+    "pipeline": ("--pipeline-model-parallel-size", "2"),
+    "context": ("--context-parallel-size", "2"),
+    "data, distributed optimizer": ("--use-distributed-optimizer", "--no-load-optim", "--finetune"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_layouts_continue_alike(layout: str, trainer: Trainer, one_rank: Run) -> None:
+    """One rank's checkpoint on two ranks: the next loss is the one that one rank had."""
+    start = ("--load", str(one_rank.folder), "--ckpt-step", "2", "--exit-interval", "3")
+    if "--finetune" in LAYOUTS[layout]:  # starts at the first batch, whose loss one rank never saw again
+        start = (*start, "--train-iters", "2", "--lr", "0", "--exit-interval", "1")
+        reference = trainer.run("first batch again", *FOPE, *start, "--finetune", "--no-load-optim").losses[0]
+    else:
+        reference = one_rank.losses[2]
+    run = trainer.run(layout, *FOPE, *start, *LAYOUTS[layout], nproc=2)
+    assert run.losses[0] == pytest.approx(reference, abs=1e-5)
+
+
 def test_use_checkpoint_args_restores_fope(trainer: Trainer, one_rank: Run) -> None:
     """No FoPE flag at all, and another layout."""
     run = trainer.run(
