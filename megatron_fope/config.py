@@ -146,6 +146,11 @@ class FoPEConfig:
         mine, theirs = self.to_dict(), other.to_dict()
         return {k: (mine[k], theirs[k]) for k in mine if k not in self.FRESH_ONLY and mine[k] != theirs[k]}
 
+    @property
+    def pad(self) -> tuple[float, float]:
+        """(sin, cos) of channel pairs without a series."""
+        return PADDINGS[self.padding]
+
     # Geometry -------------------------------------------------------------------------------------
 
     def inv_freq(self, head_dim: int) -> Tensor:
@@ -220,7 +225,7 @@ class FoPEConfig:
         """:meth:`tables` from a basis that is already there (``[..., D_in]`` each)."""
         sin_coef = coefficients["sin_coef" if self.separate_basis else "fourier_coef"]
         cos_coef = coefficients["cos_coef" if self.separate_basis else "fourier_coef"]
-        pad_sin, pad_cos = PADDINGS[self.padding]
+        pad_sin, pad_cos = self.pad
         return functional.fourier_tables(
             sin_basis.to(sin_coef.dtype),
             cos_basis.to(cos_coef.dtype),

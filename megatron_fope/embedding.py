@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_fope import functional
 from megatron_fope.config import FoPEConfig
 from megatron_fope.positions import local_positions
+from megatron_fope.rotation import rotate
 
 ROTATION_PATH = "PyTorch, float32 arithmetic"
 """Which implementation rotates queries and keys; there is one so far."""
@@ -116,11 +117,7 @@ class FourierEmbedding(MegatronModule):
         if self.inv_freq.device != query.device:
             self.to(query.device)  # built on the CPU and not moved with the model; happens once
         sin_basis, cos_basis = self._basis(query, cp_group, packed_seq_params, inference_context)
-        sin, cos = self.fope.mix(sin_basis, cos_basis, self.coefficients(), self.head_dim)
-        sin, cos = sin.unsqueeze(1), cos.unsqueeze(1)  # [s, 1, H, half]
-        return functional.apply_fourier_rotary(query, sin, cos), functional.apply_fourier_rotary(
-            key, sin, cos
-        )
+        return rotate(query, key, sin_basis, cos_basis, self.coefficients(), self.fope)
 
     def _basis(self, query: Tensor, cp_group: Any, packed: Any, context: Any) -> tuple[Tensor, Tensor]:
         def build() -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
 """``register()`` and ``unregister()``: the flag in a Megatron that knows nothing of FoPE.
 
-Six symbols of Megatron are wrapped, each by one function below. Importing this module changes nothing, every
-wrapper calls the original, and ``unregister()`` puts the originals back.
+Seven symbols of Megatron are wrapped, each by one function below. Importing this module changes nothing,
+every wrapper calls the original, and ``unregister()`` puts the originals back.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import inspect
 import logging
@@ -43,6 +44,8 @@ class _Patch:
 _patches: list[_Patch] = []
 _config: FoPEConfig | None = None
 _announced = False
+_validating: Any = None
+"""The arguments that Megatron is shown as ``rope`` right now."""
 
 
 def register(config: FoPEConfig | None = None) -> None:
@@ -110,6 +113,7 @@ def _targets() -> list[tuple[Any, str, Callable[[Callable], Callable]]]:
 
     targets: list[tuple[Any, str, Callable[[Callable], Callable]]] = [
         (arguments, "add_megatron_arguments", _wrap_add_arguments),
+        (arguments, "_print_args", _wrap_print_args),
         (checkpointing, "_load_base_checkpoint", _wrap_load_base_checkpoint),
     ]
     for module in compat.modules_that_import("validate_args", arguments):
@@ -137,10 +141,13 @@ def _wrap_validate_args(original: Callable) -> Callable:
             resolve_fope_arguments(args, _config)  # early, so that Megatron prints what is in force
         if args.position_embedding_type != FOPE:
             return original(args, *rest, **kwargs)
+        global _validating
         args.position_embedding_type = "rope"
+        _validating = args
         try:
             result = original(args, *rest, **kwargs)
         finally:
+            _validating = None
             args.position_embedding_type = FOPE
             args.apply_rope_fusion = False
         with exit_on_user_error():
@@ -148,6 +155,17 @@ def _wrap_validate_args(original: Callable) -> Callable:
         return result
 
     return validate_args
+
+
+def _wrap_print_args(original: Callable) -> Callable:
+    """Validation ends with printing the arguments; print the type that is really in force."""
+
+    def _print_args(title: str, args: Any) -> None:
+        if args is _validating:
+            args = argparse.Namespace(**vars(args) | {"position_embedding_type": FOPE})
+        original(title, args)
+
+    return _print_args
 
 
 def _wrap_load_args(original: Callable) -> Callable:

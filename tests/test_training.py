@@ -115,6 +115,7 @@ def test_start_up_says_what_runs(one_rank: Run) -> None:
     for part in ("profile paper", "train length 64", "3 frequencies", "5 clipped", "gain 0.3", "frozen"):
         assert part in settings
     assert "PyTorch" in implementation
+    assert re.search(r"^  position_embedding_type \.+ fope$", one_rank.log, re.MULTILINE)
 
 
 def test_settings_reach_tensorboard(one_rank: Run, trainer: Trainer) -> None:

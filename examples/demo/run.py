@@ -21,6 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +32,9 @@ ITERS = int(os.environ.get("DEMO_ITERS", "1000"))
 LENGTH = int(os.environ.get("DEMO_LENGTH", "128"))
 OUT = Path(os.environ.get("DEMO_OUT", "out/demo"))
 CPU = os.environ.get("DEMO_GPU") != "1"
+
+# Megatron warns of every GPU library that is not there; of no interest here.
+warnings.filterwarnings("ignore", category=UserWarning)
 
 TOKENS_PER_ITER = 2048
 MODEL = [

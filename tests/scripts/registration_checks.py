@@ -43,6 +43,7 @@ def symbols() -> dict[str, Any]:
         for owner, name in [
             (arguments, "add_megatron_arguments"),
             (arguments, "validate_args"),
+            (arguments, "_print_args"),
             (initialize, "validate_args"),  # Megatron 0.17
             (checkpointing, "_load_base_checkpoint"),
             (checkpointing, "load_args_from_checkpoint"),
@@ -191,6 +192,7 @@ def missing_symbol_is_named_and_nothing_stays_patched() -> None:
     for owner, name in [
         (arguments, "add_megatron_arguments"),
         (arguments, "validate_args"),
+        (arguments, "_print_args"),
         (checkpointing, "_load_base_checkpoint"),
         (checkpointing, "load_args_from_checkpoint"),
     ]:

@@ -1,0 +1,102 @@
+"""What the documentation says against what is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from launch import ROOT, torchrun
+
+from megatron_fope import __all__, __version__
+from megatron_fope.config import PROFILES, FoPEConfig
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_flag_is_in_the_argument_table() -> None:
+    rows = [line for line in README.splitlines() if line.startswith("| `--fope-")]
+    documented = {flag for row in rows for flag in re.findall(r"--fope-[a-z-]+", row.split("|")[1])}
+    fields = {f.name for f in dataclasses.fields(FoPEConfig)} - {"rotary_base"}
+    assert documented == {"--fope-" + name.replace("_", "-") for name in fields}
+
+
+def show(value: object) -> str:
+    """A default as the table writes it."""
+    if value is None:
+        return "by the floor"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def test_defaults_in_the_argument_table() -> None:
+    for row in (line for line in README.splitlines() if line.startswith("| `--fope-")):
+        names, default = row.split("|")[1:3]
+        names = re.findall(r"--fope-([a-z-]+)", names)
+        if len(names) != 1:
+            continue
+        name = names[0].replace("-", "_")
+        values = [getattr(FoPEConfig.from_profile(p, train_length=512), name) for p in PROFILES]
+        shown = [show(value) for value in values]
+        expected = shown[0] if shown[0] == shown[1] else " / ".join(shown)
+        if name not in ("profile", "train_length"):
+            assert default.strip().strip("`") == expected, name
+
+
+def test_paths_exist() -> None:
+    for document in (ROOT / "README.md", ROOT / "examples" / "README.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_demo_table_is_the_committed_report() -> None:
+    """No number in the README that the committed run did not produce."""
+    report = json.loads((ROOT / "examples" / "demo" / "report.json").read_text())
+    table = README.split("<!-- demo-table -->")[1].split("**What you should see")[0]
+    rows = [re.findall(r"[\d.]+", line) for line in table.splitlines() if re.match(r"\| *\d", line)]
+    rope, fope = (report["checkpoints"][name]["results"] for name in ("RoPE", "FoPE"))
+    expected = [
+        [str(a["length"]), f"{a['perplexity']:.2f}", f"{b['perplexity']:.2f}"]
+        for a, b in zip(rope, fope, strict=True)
+    ]
+    assert rows == expected
+    assert report["run"]["commit"] in table and report["run"]["command"] in table
+
+
+def test_versions_agree() -> None:
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_public_names() -> None:
+    """The public surface, on purpose written out: changing it is a decision."""
+    assert set(__all__) == {
+        "FoPEConfig", "FoPESelfAttention", "FourierEmbedding", "LayerReport", "UserError", "__version__",
+        "add_fope_arguments", "assert_fope_active", "describe", "fope_config_from_args", "is_registered",
+        "register", "unregister", "with_fope",
+    }  # fmt: skip
+
+
+def test_supported_megatron_range_is_stated_once() -> None:
+    from megatron_fope.compat import SUPPORTED_MEGATRON
+
+    stated = re.search(r"megatron-core([^\"]+)", (ROOT / "setup.py").read_text()).group(1)
+    assert set(stated.split(",")) == set(str(SUPPORTED_MEGATRON).split(","))
+
+
+@pytest.mark.launch
+def test_layer_spec_example() -> None:
+    done = torchrun(1, [str(ROOT / "examples" / "layer_spec.py"), "--cpu"])
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert done.stdout.count("FoPESelfAttention, sin_coef [2, 7, 7]") == 2
+    first, second = (float(x) for x in re.findall(r"step \d: loss ([\d.]+)", done.stdout))
+    assert second < first
+
+
+def test_examples_are_importable_python() -> None:
+    for script in (ROOT / "examples").rglob("*.py"):
+        compile(script.read_text(), str(script), "exec")
+    assert Path(sys.executable).exists()
