@@ -64,16 +64,16 @@ def _dispatch(argv: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"megatron-fope {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="megatron-fope")
-    from megatron_fope.data import prepare
+    from megatron_fope.data import command as preparation
     from megatron_fope.evaluation import command as evaluation
 
-    prepare.add_arguments(commands.add_parser("prepare-data", help="text to Megatron's .bin/.idx"))
+    preparation.add_arguments(commands.add_parser("prepare-data", help="text to Megatron's .bin/.idx"))
     evaluation.add_arguments(
         commands.add_parser("evaluate-perplexity", help="perplexity of checkpoints over context lengths")
     )
     arguments = parser.parse_args(argv)
     if arguments.command == "prepare-data":
-        return prepare.run(arguments)
+        return preparation.run(arguments)
     if arguments.command == "evaluate-perplexity":
         return evaluation.run(arguments)
     parser.print_help()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_fope.data import command as cli
 from megatron_fope.data import prepare, prepare_data, read_sidecar
 from megatron_fope.errors import UserError
 
@@ -52,8 +53,8 @@ def out(tmp_path: Path) -> Path:
 
 def command(*flags: str | Path) -> int:
     parser = argparse.ArgumentParser()
-    prepare.add_arguments(parser)
-    return prepare.run(parser.parse_args([str(flag) for flag in flags]))
+    cli.add_arguments(parser)
+    return cli.run(parser.parse_args([str(flag) for flag in flags]))
 
 
 # What goes in comes out

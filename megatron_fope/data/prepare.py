@@ -1,25 +1,28 @@
-"""``megatron-fope prepare-data``: text to Megatron's ``.bin``/``.idx`` through Megatron's own builder."""
+"""Text to Megatron's ``.bin``/``.idx`` through Megatron's own builder."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import random
-import shlex
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_fope.data.output import (
+    move_into_place,
+    output_prefixes,
+    refuse_existing,
+    refuse_output_over_input,
+    staging_folder,
+)
 from megatron_fope.data.readers import (
     DEFAULT_INCLUDE,
     FORMATS,
@@ -35,9 +38,6 @@ logger = logging.getLogger(__name__)
 
 SIDECAR_VERSION = 1
 ON_BAD_FILE = ("refuse", "skip")
-
-_SUFFIXES = (".json", ".bin", ".idx")
-"""What makes up a dataset, in the order of moving into place: nothing loads before the index is there."""
 
 _MAX_DOCUMENT_TOKENS = 2**31 - 1
 """Megatron's index holds lengths as 32-bit integers."""
@@ -152,12 +152,12 @@ def prepare_data(
         raise UserError(f"--holdout-fraction: {holdout_fraction} given; allowed is 0 <= fraction < 1")
     if workers < 1:
         raise UserError(f"--workers: {workers} given; allowed is 1 or more")
-    prefixes = _output_prefixes(output_prefix, bool(holdout_fraction))
-    _refuse_existing(prefixes, overwrite)
+    prefixes = output_prefixes(output_prefix, bool(holdout_fraction))
+    refuse_existing(prefixes, overwrite)
     encoder = load_tokenizer(tokenizer, eod_token=eod_token, append_eod=append_eod)
 
     sources, unreadable = find_sources(inputs, include=include, exclude=exclude, input_format=input_format)
-    _refuse_output_over_input(prefixes, sources)
+    refuse_output_over_input(prefixes, sources)
     corpus = _Corpus(sources, json_key, skip_bad=on_bad_file == "skip", identify=bool(holdout_fraction))
     for problem in unreadable:
         corpus.refuse_or_skip(problem)
@@ -166,51 +166,34 @@ def prepare_data(
     from megatron_fope.compat import megatron_version
 
     megatron = str(megatron_version())
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     dtype = DType.optimal_dtype(encoder.vocab_size)
-    reordered = shuffle_seed is not None or bool(holdout_fraction)
 
-    with _staging_folder(Path(prefixes[0])) as staging:
-        staged = [str(staging / name) for name in (["all"] if reordered else ["0"])]
-        builder = IndexedDatasetBuilder(f"{staged[0]}.bin", dtype=dtype)
-        kept: list[int] = []
+    with staging_folder(Path(prefixes[0])) as staging:
+        everything = str(staging / "all")
+        builder = IndexedDatasetBuilder(f"{everything}.bin", dtype=dtype)
         try:
             with _progress(sum(source.size for source in sources), show_progress) as advance:
                 encoded = encode_documents(encoder, corpus.documents(advance), dtype, workers=workers)
-                for index, ids in enumerate(encoded):
-                    if len(ids) > _MAX_DOCUMENT_TOKENS:
-                        raise UserError(
-                            f"--input: a document has {len(ids)} tokens; Megatron's index allows "
-                            f"{_MAX_DOCUMENT_TOKENS}, so split it (JSONL holds many documents in a file)"
-                        )
-                    # Without an end of document, a text may come to no tokens at all.
-                    if len(ids):
-                        builder.add_document(ids, [len(ids)])
-                        kept.append(index)
+                kept = _add_documents(builder, encoded)
         finally:
             builder.data_file.close()
         if not kept:
             raise UserError(f"--input: no document in {_shown(inputs)}{corpus.why_empty()}")
-        builder.finalize(f"{staged[0]}.idx")
+        builder.finalize(f"{everything}.idx")
 
+        parts, staged = [list(range(len(kept)))], [everything]
         lengths = builder.sequence_lengths
-        parts = [list(range(len(kept)))]
-        if reordered:
-            if shuffle_seed is not None:
-                random.Random(shuffle_seed).shuffle(parts[0])
-            if holdout_fraction:
-                identities = [corpus.identities[index] for index in kept]
-                parts = _hold_out(parts[0], identities, holdout_fraction, holdout_seed)
-            everything = IndexedDataset(staged[0])
-            staged = []
-            for number, part in enumerate(parts):
-                staged.append(str(staging / str(number)))
-                builder = IndexedDatasetBuilder(f"{staged[-1]}.bin", dtype=dtype)
-                for document in part:
-                    builder.add_document(everything[document], [lengths[document]])
-                builder.finalize(f"{staged[-1]}.idx")
-            del everything
+        if shuffle_seed is not None:
+            random.Random(shuffle_seed).shuffle(parts[0])
+        if holdout_fraction:
+            identities = [corpus.identities[index] for index in kept]
+            parts = _hold_out(parts[0], identities, holdout_fraction, holdout_seed)
+        if shuffle_seed is not None or holdout_fraction:
+            staged = [str(staging / str(number)) for number in range(len(parts))]
+            for part, stage in zip(parts, staged, strict=True):
+                _copy_documents(everything, part, stage, dtype)
 
         written = [
             WrittenDataset(prefix, len(part), sum(lengths[document] for document in part))
@@ -242,8 +225,8 @@ def prepare_data(
                 "tokens": dataset.tokens,
             }
             Path(f"{stage}.json").write_text(json.dumps(common | own, indent=2) + "\n", encoding="utf-8")
-        _refuse_existing(prefixes, overwrite)
-        _move_into_place(staged, prefixes)
+        refuse_existing(prefixes, overwrite)
+        move_into_place(staged, prefixes)
 
     for note in _training_notes(encoder, prefixes):
         logger.warning(note)
@@ -339,6 +322,40 @@ class _Corpus:
         return f" ({'; '.join(reasons)})" if reasons else ""
 
 
+def _add_documents(builder: Any, encoded: Iterable[Any]) -> list[int]:
+    """Write every document that has tokens.
+
+    Returns:
+        The numbers of those documents.
+
+    Raises:
+        UserError: a document is too long for Megatron's index.
+    """
+    kept = []
+    for index, ids in enumerate(encoded):
+        if len(ids) > _MAX_DOCUMENT_TOKENS:
+            raise UserError(
+                f"--input: a document has {len(ids)} tokens; Megatron's index allows "
+                f"{_MAX_DOCUMENT_TOKENS}, so split it (JSONL holds many documents in a file)"
+            )
+        # Without an end of document, a text may come to no tokens at all.
+        if len(ids):
+            builder.add_document(ids, [len(ids)])
+            kept.append(index)
+    return kept
+
+
+def _copy_documents(source: str, documents: Sequence[int], target: str, dtype: Any) -> None:
+    """Write some documents of one dataset, in the order given, as another."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+    dataset = IndexedDataset(source)
+    builder = IndexedDatasetBuilder(f"{target}.bin", dtype=dtype)
+    for document in documents:
+        builder.add_document(dataset[document], [len(dataset[document])])
+    builder.finalize(f"{target}.idx")
+
+
 def _hold_out(
     order: Sequence[int], identities: Sequence[bytes], fraction: float, seed: int
 ) -> list[list[int]]:
@@ -377,61 +394,6 @@ def _hold_out(
 def _check_choice(flag: str, given: str, allowed: Sequence[str]) -> None:
     if given not in allowed:
         raise UserError(f"{flag}: {given!r} given; allowed: {', '.join(allowed)}")
-
-
-def _output_prefixes(output_prefix: str | os.PathLike[str], heldout: bool) -> list[str]:
-    prefix = os.fspath(output_prefix)
-    if not prefix or prefix.endswith(("/", os.sep)):
-        raise UserError(f"--output-prefix: {prefix!r} given; the path needs a file name at its end")
-    if prefix.endswith((".bin", ".idx")):
-        raise UserError(f"--output-prefix: {prefix!r} given; leave out the suffix, .bin and .idx are added")
-    return [f"{prefix}_train", f"{prefix}_heldout"] if heldout else [prefix]
-
-
-def _outputs(prefixes: Sequence[str]) -> Iterator[Path]:
-    return (Path(prefix + suffix) for prefix in prefixes for suffix in _SUFFIXES)
-
-
-def _refuse_existing(prefixes: Sequence[str], overwrite: bool) -> None:
-    for path in _outputs(prefixes):
-        if os.path.lexists(path) and not overwrite:
-            raise UserError(f"--output-prefix: {path} exists; give another prefix, or --overwrite")
-
-
-def _refuse_output_over_input(prefixes: Sequence[str], sources: Sequence[Source]) -> None:
-    read = {os.path.realpath(source.path) for source in sources}
-    for path in _outputs(prefixes):
-        if os.path.realpath(path) in read:
-            raise UserError(f"--output-prefix: {path} would replace an input file; give another prefix")
-
-
-@contextmanager
-def _staging_folder(prefix: Path) -> Iterator[Path]:
-    """A hidden folder on the output's file system, gone afterwards.
-
-    Raises:
-        UserError: writing in it failed.
-    """
-    staging: Path | None = None
-    try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{prefix.name}.partial-", dir=prefix.parent))
-        yield staging
-    except OSError as error:
-        # The readers turn their own OSError into a BadDocument, so this one is about the output.
-        raise UserError(f"--output-prefix: cannot write {prefix} ({error.strerror or error})") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def _move_into_place(staged: Sequence[str], prefixes: Sequence[str]) -> None:
-    # An old index must never be next to new data.
-    for prefix in prefixes:
-        Path(f"{prefix}.idx").unlink(missing_ok=True)
-    for stage, prefix in zip(staged, prefixes, strict=True):
-        for suffix in _SUFFIXES:
-            os.replace(stage + suffix, prefix + suffix)
 
 
 def _training_notes(encoder: Tokenizer, prefixes: Sequence[str]) -> Iterator[str]:
@@ -478,110 +440,3 @@ def _own_version() -> str | None:
 def _shown(inputs: Sequence[str | os.PathLike[str]]) -> str:
     shown = [os.fspath(path) for path in inputs[:3]]
     return ", ".join(shown) + (f" and {len(inputs) - 3} more" if len(inputs) > 3 else "")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of ``prepare-data`` to its parser."""
-    parser.description = (
-        "Write text as a Megatron dataset (.bin/.idx) through Megatron's own builder. "
-        "An existing dataset is never replaced unless asked; an interrupted run leaves nothing that loads."
-    )
-    add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="text or JSONL files, or folders of them")
-    add("--output-prefix", required=True, metavar="PREFIX", help="PREFIX.bin, .idx and .json are written")
-    add("--overwrite", action="store_true", help="replace an existing dataset of that prefix")
-    add(
-        "--tokenizer",
-        default=BYTES,
-        metavar="bytes|PATH",
-        help="bytes (default; ids 0..255, end of document 256), or a Hugging Face tokenizer.json or folder",
-    )
-    add(
-        "--append-eod",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="end each document with the end-of-document id (default: yes)",
-    )
-    add("--eod-token", metavar="TOKEN", help="Hugging Face tokenizers: that token, if not their EOS token")
-    add("--workers", type=int, default=1, metavar="N", help="Hugging Face tokenizers: processes (default: 1)")
-    add(
-        "--include",
-        nargs="+",
-        default=DEFAULT_INCLUDE,
-        metavar="GLOB",
-        help=f"folders: names or relative paths to read (default: {' '.join(DEFAULT_INCLUDE)})",
-    )
-    add(
-        "--exclude",
-        nargs="+",
-        default=(),
-        metavar="GLOB",
-        help="folders: names or relative paths to leave out; * also matches /, so 'test/*' is all below test",
-    )
-    add(
-        "--format",
-        choices=FORMATS,
-        default="auto",
-        help="auto (the default): .jsonl and .ndjson hold a document per line, others are one document each",
-    )
-    add("--json-key", default="text", metavar="KEY", help="JSONL: the field with the text (default: text)")
-    add(
-        "--on-bad-file",
-        choices=ON_BAD_FILE,
-        default="refuse",
-        help="a file or line that is not UTF-8, not readable or not as it should be: stop there (default), "
-        "or name it and go on",
-    )
-    add(
-        "--shuffle-seed",
-        type=int,
-        metavar="N",
-        help="put the documents in an order drawn from N (default: as read); see Megatron's --split",
-    )
-    add(
-        "--holdout-fraction",
-        type=float,
-        default=0.0,
-        metavar="F",
-        help="put this part of the documents into PREFIX_heldout, the rest into PREFIX_train; "
-        "copies of a text stay together (default: 0, one dataset)",
-    )
-    add("--holdout-seed", type=int, default=0, metavar="N", help="which documents those are (default: 0)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run ``prepare-data`` and print what was written and how to train on it.
-
-    Raises:
-        UserError: see :func:`prepare_data`.
-    """
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("megatron_fope").setLevel(logging.INFO)
-    done = prepare_data(
-        args.input,
-        args.output_prefix,
-        tokenizer=args.tokenizer,
-        include=args.include,
-        exclude=args.exclude,
-        input_format=args.format,
-        json_key=args.json_key,
-        append_eod=args.append_eod,
-        eod_token=args.eod_token,
-        shuffle_seed=args.shuffle_seed,
-        holdout_fraction=args.holdout_fraction,
-        holdout_seed=args.holdout_seed,
-        on_bad_file=args.on_bad_file,
-        workers=args.workers,
-        overwrite=args.overwrite,
-    )
-    print(
-        f"read {done.files} files, {done.text_bytes / 1e6:.1f} MB of text in {done.seconds:.1f} s; "
-        f"left out {done.empty_documents} empty documents and {len(done.skipped)} bad files or lines"
-    )
-    for dataset in filter(None, (done.train, done.heldout)):
-        print(
-            f"wrote {dataset.prefix}.bin, .idx, .json: {dataset.documents} documents, "
-            f"{dataset.tokens} tokens ({done.dtype})"
-        )
-    print(f"train with: --data-path {shlex.quote(done.train.prefix)} {shlex.join(done.train_flags)}")
-    return 0
