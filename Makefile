@@ -5,12 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PYTHON TORCH_INDEX_URL VENV
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test layouts lint clean
 
 help:
 	@echo "make demo   train a RoPE and a FoPE twin, evaluate both up to 16x the training length"
 	@echo "            DEMO_ITERS=1000 DEMO_OUT=out/demo"
 	@echo "make test   the whole test suite"
+	@echo "make layouts  real training in 39 parallel layouts, each against one rank (25 minutes)"
 	@echo "make lint   ruff"
 	@echo "make setup  only the environment, in $(VENV)"
 
@@ -22,6 +23,9 @@ demo: setup
 
 test: setup
 	@$(BIN)/python -m pytest
+
+layouts: setup
+	@$(BIN)/python tests/layouts.py
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

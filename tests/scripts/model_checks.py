@@ -342,6 +342,100 @@ def check_packed_documents_equal_separate_ones() -> None:
         torch.testing.assert_close(together[:, start:end], alone, rtol=0, atol=2e-5)
 
 
+def check_cached_decoding_equals_the_full_forward() -> None:
+    """Static batching: prefill, then token by token; keys are rotated once, when they enter the cache."""
+    import contextlib
+
+    import torch
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    try:
+        from megatron.core.inference.utils import InferenceMode
+
+        inference = InferenceMode.active()
+    except ImportError:
+        inference = contextlib.nullcontext()
+    model = gpt(fope_config(gain=1.0)).eval()
+    ids, positions = tokens(length=24)
+    prompt = 15
+    with torch.no_grad():
+        whole = run(model, ids, positions)
+        with inference:
+            context = StaticInferenceContext(2, 64)
+            options = {"inference_context": context, "runtime_gather_output": True}
+            steps = [model(ids[:, :prompt], positions[:, :prompt], None, **options)[:, -1]]
+            context.increment_sequence_len_offset(prompt)
+            if hasattr(context, "enable_decode_mode"):
+                context.enable_decode_mode()
+            for t in range(prompt, 24):
+                steps.append(model(ids[:, t : t + 1], positions[:, t : t + 1], None, **options)[:, -1])
+                context.increment_sequence_len_offset(1)
+    torch.testing.assert_close(torch.stack(steps, 1), whole[:, prompt - 1 :], rtol=0, atol=5e-5)
+
+
+def check_hybrid_model_trains() -> None:
+    """Attention and MLP layers of ``HybridModel`` (0.18 and later), by the registered flag's path."""
+    import torch
+
+    try:
+        from megatron.core.models.hybrid import hybrid_block
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+    except ImportError:
+        return  # 0.17, or its parts are not installed
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+    from megatron_fope import assert_fope_active, register, unregister
+
+    local = get_gpt_layer_local_spec().submodules
+    attention = TransformerLayerSubmodules(
+        input_layernorm=local.input_layernorm,
+        self_attention=local.self_attention,
+        self_attn_bda=local.self_attn_bda,
+    )
+    mlp = TransformerLayerSubmodules(
+        pre_mlp_layernorm=local.pre_mlp_layernorm, mlp=local.mlp, mlp_bda=local.mlp_bda
+    )
+    stack = hybrid_stack_spec.submodules
+    spec = dataclasses.replace(
+        hybrid_stack_spec,
+        submodules=dataclasses.replace(
+            stack,
+            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+            mlp_layer=ModuleSpec(module=stack.mlp_layer.module, submodules=mlp),
+        ),
+    )
+    hybrid_block.TENorm = WrappedTorchNorm  # the final norm is hard-wired to Transformer Engine's
+    register(fope_config())
+    try:
+        names = inspect.signature(HybridModel.__init__).parameters
+        pattern = "hybrid_layer_pattern" if "hybrid_layer_pattern" in names else "hybrid_override_pattern"
+        model = HybridModel(
+            transformer_config(num_layers=4),
+            spec,
+            vocab_size=128,
+            max_sequence_length=64,
+            position_embedding_type="fope",
+            **{pattern: "*-*-"},
+        )
+    finally:
+        unregister()
+    assert [report.layer_number for report in assert_fope_active(model)] == [1, 3]
+    ids, positions = tokens()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    values = []
+    for _ in range(4):
+        loss = model(ids, positions, None, labels=ids).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(float(loss.detach()))
+    assert values[-1] < values[0] - 0.1, values
+
+
 def check_sharded_state_is_replicated_and_complete() -> None:
     model = gpt(fope_config())
     state = model.sharded_state_dict()
