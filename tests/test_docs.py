@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
-import sys
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,16 @@ def test_supported_megatron_range_is_stated_once() -> None:
     assert set(stated.split(",")) == set(str(SUPPORTED_MEGATRON).split(","))
 
 
+def test_set_up_refuses_an_interpreter_that_does_not_fit(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHON": "/no/such/python", "VENV": str(tmp_path / "venv")}
+    done = subprocess.run(
+        ["bash", str(ROOT / ".ci" / "setup-env")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "setup: error: PYTHON is '/no/such/python'; allowed: a Python >= 3.12 with venv\n"
+    assert not (tmp_path / "venv").exists()
+
+
 @pytest.mark.launch
 def test_layer_spec_example() -> None:
     done = torchrun(1, [str(ROOT / "examples" / "layer_spec.py"), "--cpu"])
@@ -99,4 +110,3 @@ def test_layer_spec_example() -> None:
 def test_examples_are_importable_python() -> None:
     for script in (ROOT / "examples").rglob("*.py"):
         compile(script.read_text(), str(script), "exec")
-    assert Path(sys.executable).exists()
