@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import sys
 from typing import Any
 
 from megatron_fope.attention import check_host_config
@@ -183,6 +182,23 @@ def _head_dim(args: Any) -> int | None:
     return None
 
 
+def check_command_line(argv: list[str]) -> None:
+    """Refuse RoPE's fused kernels by name.
+
+    Their values tell nothing, because Megatron's default is on for one of them, and the releases that have no
+    such flags would answer with hundreds of lines of usage.
+
+    Raises:
+        UserError: one of them is given together with FoPE.
+    """
+    if FOPE not in argv and f"--position-embedding-type={FOPE}" not in argv:
+        return
+    for word in argv:
+        name = word.partition("=")[0]
+        if name in ("--apply-rope-fusion", "--fused-single-qkv-rope"):
+            raise UserError(f"{name} is given, but FoPE cannot use RoPE's fused kernels; leave it out")
+
+
 def check_before_megatron(args: Any) -> None:
     """Refuse what Megatron's own validation would turn into a stack trace or silently change.
 
@@ -198,8 +214,6 @@ def check_before_megatron(args: Any) -> None:
                 f"{args.position_embedding_type!r}; allowed with: {FOPE}"
             )
         return
-    if "--apply-rope-fusion" in sys.argv:  # Megatron's default is on, so the value alone tells nothing
-        raise UserError("--apply-rope-fusion is given, but FoPE cannot use RoPE's fused kernel; leave it out")
     rope_fusion, args.apply_rope_fusion = getattr(args, "apply_rope_fusion", False), False
     check_host_config(args)
     args.apply_rope_fusion = rope_fusion
@@ -248,6 +262,8 @@ def adopt_checkpoint_arguments(args: Any, checkpoint_args: Any, where: str, aske
         if stored is None:
             continue
         value = given.get(field.name, stored)
+        if value != stored and field.name == "learnable" and args.finetune:
+            continue  # keep what was asked for: a new run may start or stop learning
         if value != stored and field.name not in FoPEConfig.FRESH_ONLY:
             _refuse_difference(flag(field.name), value, stored, where)
         setattr(args, f"fope_{field.name}", stored)
@@ -270,6 +286,8 @@ def check_against_checkpoint(args: Any, checkpoint_args: Any, where: str) -> Non
     config = fope_config_from_args(args)
     stored_config = fope_config_from_args(_with_defaults(checkpoint_args, args))
     differences = config.differences(stored_config)
+    if args.finetune:
+        differences.pop("learnable", None)  # a new run may start or stop learning; the numbers are the same
     if differences and config.profile != stored_config.profile:
         _refuse_difference("--fope-profile", config.profile, stored_config.profile, where)
     for field, (value, stored) in differences.items():

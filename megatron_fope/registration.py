@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_fope.arguments import (
     adopt_checkpoint_arguments,
     check_against_checkpoint,
     check_before_megatron,
+    check_command_line,
     fope_config_from_args,
     position_type_if_given,
     resolve_fope_arguments,
@@ -127,6 +129,8 @@ def _targets() -> list[tuple[Any, str, Callable[[Callable], Callable]]]:
 
 def _wrap_add_arguments(original: Callable) -> Callable:
     def add_megatron_arguments(parser: Any) -> Any:
+        with exit_on_user_error():
+            check_command_line(sys.argv[1:])
         return add_fope_arguments(compat.repair_help_texts(original(parser)))
 
     return add_megatron_arguments

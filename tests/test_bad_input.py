@@ -128,6 +128,12 @@ HOST_FLAGS = {
         "leave it out",
         extra=["--apply-rope-fusion"],
     ),
+    "fused rotation, a flag that Megatron has not": case(
+        "--apply-rope-fusion", "--apply-rope-fusion is given", "leave it out"
+    ),
+    "fused projection, a flag that Megatron has not": case(
+        "--fused-single-qkv-rope", "--fused-single-qkv-rope is given", "leave it out"
+    ),
     "fused projection and rotation": case(
         "--fused-single-qkv-rope",
         "--fused-single-qkv-rope is given",
@@ -177,6 +183,9 @@ LOADING = {
     ),
     "shared heads": load(
         "paper", "--no-fope-separate-heads", "--fope-separate-heads is False", "trained with True"
+    ),
+    "learning from a frozen checkpoint": load(
+        "paper", "--fope-learnable", "--fope-learnable is True", "trained with False"
     ),
     "another padding": load("paper", "--fope-padding 0,1", "--fope-padding is '0,1'", "trained with '1,1'"),
     "another base": load("paper", "--rotary-base 20000", "--rotary-base is 20000.0", "trained with 10000.0"),
@@ -251,6 +260,9 @@ ACCEPTED = {
     "its own distributed checkpoint": [*FOPE, "--load", "{folder}/distributed"],
     "rope checkpoint into rope": [*ROPE, "--load", "{folder}/rope"],
     "a checkpoint's arguments": ["--load", "{folder}/intern", "--use-checkpoint-args"],
+    "learning from a frozen checkpoint in a new run": [
+        *(*FOPE, "--fope-learnable", "--finetune", "--load", "{folder}/paper")
+    ],
     "a checkpoint with another gain and seed": [
         *(*FOPE, "--fope-gain", "0.6", "--fope-seed", "5", "--load", "{folder}/paper")
     ],
