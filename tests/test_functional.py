@@ -82,6 +82,22 @@ def test_autocast_and_reduced_matmul_precision_change_nothing() -> None:
         assert b.dtype == torch.float32 and torch.equal(a, b)
 
 
+def test_reduced_matmul_precision_is_off_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the setting means TF32; a CPU may ignore it, so what counts here is that it is set."""
+    coefficients = torch.randn(2, 5, 3, requires_grad=True)
+    real, calls = torch.set_float32_matmul_precision, []
+    before = torch.get_float32_matmul_precision()
+    real("high")
+    try:
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda p: calls.append(p) or real(p))
+        mixed = functional.mix_basis(torch.randn(4, 5), coefficients)
+        assert calls == ["highest", "high"]
+        mixed.sum().backward()
+        assert calls == ["highest", "high"] * 2
+    finally:
+        real(before)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 def test_gradients(normalize: bool, shared: bool) -> None:
