@@ -244,9 +244,14 @@ def test_perplexity_of_checkpoints(trainer: Trainer, one_rank: Run, two_ranks: R
     """The command, at lengths below and beyond the training's; layouts agree and numbers are sane."""
     from megatron_fope.evaluation.command import evaluate_perplexity
 
+    # One rank's model, saved again by two pipeline stages that changed nothing.
+    stages = trainer.run(
+        "two stages", *FOPE, *LAYOUTS["pipeline"], "--load", str(one_rank.folder), "--finetune",
+        "--no-load-optim", "--lr", "0", "--train-iters", "1", nproc=2,
+    )  # fmt: skip
     output, picture = trainer.folder / "report.json", trainer.folder / "report.png"
     report = evaluate_perplexity(
-        {"one rank": one_rank.folder, "two ranks": two_ranks.folder},
+        {"one rank": one_rank.folder, "two ranks": two_ranks.folder, "two stages": stages.folder},
         trainer.prefix,
         lengths=[32, 64, 200],
         num_tokens=1000,
@@ -256,11 +261,12 @@ def test_perplexity_of_checkpoints(trainer: Trainer, one_rank: Run, two_ranks: R
         picture=picture,
     )
     assert json.loads(output.read_text()) == report and picture.stat().st_size > 10_000
-    one, two = (report["checkpoints"][name] for name in ("one rank", "two ranks"))
+    one, two, stages = report["checkpoints"].values()
     assert one["position_embedding_type"] == "fope" and one["train_length"] == LENGTH
     assert [row["length"] for row in one["results"]] == [32, 64, 200]
     assert [row["tokens"] for row in one["results"]] == [992, 960, 1000]
-    for a, b in zip(one["results"], two["results"], strict=True):
+    for a, b, c in zip(one["results"], two["results"], stages["results"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["loss"] == pytest.approx(c["loss"], abs=1e-6)
     at_train_length = one["results"][1]["loss"]
     assert at_train_length == pytest.approx(one_rank.losses[-1], abs=0.5), "the model that was trained"
