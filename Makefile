@@ -11,7 +11,7 @@ help:
 	@echo "make demo   train a RoPE and a FoPE twin, evaluate both up to 16x the training length"
 	@echo "            DEMO_ITERS=1000 DEMO_OUT=out/demo"
 	@echo "make test   the whole test suite"
-	@echo "make layouts  real training in 39 parallel layouts, each against one rank (25 minutes)"
+	@echo "make layouts  real training in 39 parallel layouts, each against one rank (15 minutes)"
 	@echo "make lint   ruff"
 	@echo "make setup  only the environment, in $(VENV)"
 

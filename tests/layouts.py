@@ -3,7 +3,7 @@
 Every layout starts from the same checkpoint and trains 20 iterations on the CPU. Its losses must be those of
 one rank within 1e-5 at every step in float32, and its gradient norms within 1e-3 relative (Megatron prints
 three digits). Learnable coefficients, mixture of experts and bfloat16 have single-rank references of their
-own. Writes the table ``tests/layouts.md`` and exits with 1 if a layout disagrees. Takes about 25 minutes on 2
+own. Writes the table ``tests/layouts.md`` and exits with 1 if a layout disagrees. Takes about 15 minutes on 2
 cores.
 
     python tests/layouts.py [PART OF A NAME ...]     only some layouts; the table is then only printed
