@@ -32,7 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     with exit_on_user_error():
         return _dispatch(argv)
-    return 2
 
 
 def _dispatch(argv: list[str]) -> int:
