@@ -8,7 +8,7 @@ import functools
 from typing import Any
 
 from megatron_fope.attention import check_host_config
-from megatron_fope.config import PADDINGS, PROFILES, SCALINGS, FoPEConfig
+from megatron_fope.config import PADDINGS, PROFILES, SCALINGS, FoPEConfig, flag
 from megatron_fope.embedding import ROTATION_PATH
 from megatron_fope.errors import UserError, exit_on_user_error
 from megatron_fope.functional import INITIALIZATIONS
@@ -61,11 +61,6 @@ _CHOICES = {
     "padding": tuple(PADDINGS),
     "scaling": SCALINGS,
 }
-
-
-def flag(field: str) -> str:
-    """``train_length`` -> ``--fope-train-length``."""
-    return "--fope-" + field.replace("_", "-")
 
 
 def add_fope_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -46,6 +46,11 @@ PADDINGS = {"1,1": (1.0, 1.0), "0,1": (0.0, 1.0)}
 SCALINGS = ("none", "pi", "linear", "yarn", "llama3")
 
 
+def flag(field: str) -> str:
+    """The flag that sets a field: ``train_length`` -> ``--fope-train-length``."""
+    return "--fope-" + field.replace("_", "-")
+
+
 @dataclass(frozen=True)
 class FoPEConfig:
     """Everything that changes FoPE's numbers. Make one with :meth:`from_profile`.
@@ -276,7 +281,7 @@ class FoPEConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             finite = not isinstance(value, float) or math.isfinite(value)
-            require(finite, "--fope-" + field.name.replace("_", "-"), value, "finite numbers")
+            require(finite, flag(field.name), value, "finite numbers")
         require(self.train_length >= 2, "--fope-train-length", self.train_length, "at least 2 tokens")
         require(self.gain > 0, "--fope-gain", self.gain, "greater than 0")
         require(self.rotary_base > 1, "--rotary-base", self.rotary_base, "greater than 1")

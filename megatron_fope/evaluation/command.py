@@ -155,7 +155,7 @@ def evaluate_perplexity(
             "num_tokens": num_tokens,
             "tokens_per_batch": tokens_per_batch,
             "cpu": cpu,
-            "megatron_flags": megatron_flags or [],
+            "megatron_flags": [*_megatron_flags(info, cpu), *(megatron_flags or [])],
         }
         logger.info("evaluating %s at %s tokens", info.folder, ", ".join(map(str, lengths)))
         report["checkpoints"][label] = {
@@ -182,6 +182,20 @@ def table(report: dict[str, Any]) -> str:
         values = (f"{c['results'][i]['perplexity']:.2f}".rjust(width) for c in checkpoints.values())
         lines.append(str(row["length"]).rjust(8) + "".join(values))
     return "\n".join(lines)
+
+
+def _megatron_flags(info: CheckpointInfo, cpu: bool) -> list[str]:
+    """How to run a checkpoint's model; what the model is, the worker takes from the checkpoint itself."""
+    stored = info.args
+    flags = ["--load", str(info.folder), "--no-load-optim", "--no-load-rng", "--micro-batch-size", "1"]
+    flags += ["--tensor-model-parallel-size", str(stored.tensor_model_parallel_size)]
+    flags += ["--pipeline-model-parallel-size", str(stored.pipeline_model_parallel_size)]
+    flags += ["--exit-on-missing-checkpoint", "--ckpt-format", stored.ckpt_format]
+    if getattr(stored, "sequence_parallel", False):
+        flags.append("--sequence-parallel")
+    if stored.transformer_impl == "local" or cpu:
+        flags += ["--transformer-impl", "local"]
+    return flags
 
 
 def _launch(request: dict[str, Any], info: CheckpointInfo) -> list[dict[str, Any]]:

@@ -39,9 +39,9 @@ _NOT_MODEL = (
 
 
 def main(request_file: str, result_file: str) -> None:
-    """Evaluate as the request says; the last pipeline stage's first rank writes the result."""
+    """Evaluate as the request says; rank 0 writes the result."""
     request = json.loads(Path(request_file).read_text())
-    sys.argv = ["megatron-fope evaluate-perplexity", *_megatron_flags(request), *request["megatron_flags"]]
+    sys.argv = ["megatron-fope evaluate-perplexity", *request["megatron_flags"]]
     from megatron_fope.launch import prepare
 
     prepare(cpu=request["cpu"])
@@ -62,21 +62,6 @@ def main(request_file: str, result_file: str) -> None:
         Path(result_file).write_text(json.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-def _megatron_flags(request: dict[str, Any]) -> list[str]:
-    from megatron_fope.checkpoint import read_checkpoint
-
-    info = read_checkpoint(request["checkpoint"])
-    flags = ["--load", request["checkpoint"], "--no-load-optim", "--no-load-rng", "--micro-batch-size", "1"]
-    flags += ["--tensor-model-parallel-size", str(info.args.tensor_model_parallel_size)]
-    flags += ["--pipeline-model-parallel-size", str(info.args.pipeline_model_parallel_size)]
-    flags += ["--exit-on-missing-checkpoint", "--ckpt-format", info.args.ckpt_format]
-    if getattr(info.args, "sequence_parallel", False):
-        flags.append("--sequence-parallel")
-    if info.args.transformer_impl == "local" or request["cpu"]:
-        flags += ["--transformer-impl", "local"]
-    return flags
 
 
 def load_model(checkpoint: str) -> list[Any]:
