@@ -384,13 +384,13 @@ def test_cpu_flag_with_something_else(argv: list[str], refused: Callable[..., No
 def test_megatron_outside_the_supported_range(
     version: str, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compat, "megatron_version", lambda: compat.Version(version))
+    monkeypatch.setattr(compat.versions, "megatron_version", lambda: compat.versions.Version(version))
     refused(["--cpu", "pretrain"], f"Megatron-Core {version} is installed", "<0.20", ">=0.17")
 
 
 @pytest.mark.parametrize("version", ["0.17.0", "0.18.2", "0.19.2", "0.19.0rc1"])
 def test_supported_megatron(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "megatron_version", lambda: compat.Version(version))
+    monkeypatch.setattr(compat.versions, "megatron_version", lambda: compat.versions.Version(version))
     assert str(compat.require_supported_megatron()) == version
 
 

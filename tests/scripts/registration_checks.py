@@ -233,13 +233,13 @@ def unsupported_megatron_is_refused_before_anything_is_patched() -> None:
     from megatron_fope import UserError, compat, is_registered, register
 
     before = symbols()
-    version = compat.megatron_version
-    compat.megatron_version = lambda: compat.Version("0.20.1")
+    version = compat.versions.megatron_version
+    compat.versions.megatron_version = lambda: compat.versions.Version("0.21.1")
     try:
         message = raises(UserError, register)
     finally:
-        compat.megatron_version = version
-    assert "0.20.1" in message and not is_registered() and changed(before) == []
+        compat.versions.megatron_version = version
+    assert "0.21.1" in message and not is_registered() and changed(before) == []
 
 
 @check

@@ -1,0 +1,68 @@
+"""Every fact about a Megatron version that this package relies on.
+
+Nothing else in the package may read a Megatron version number or probe a signature: a new Megatron
+release is supported by editing this package. Each helper says which releases it bridges, so that it can be
+deleted when the oldest of them is dropped.
+"""
+
+from __future__ import annotations
+
+from megatron_fope.compat.arguments import (
+    modules_that_import,
+    null_tokenizer_flags,
+    repair_help_texts,
+)
+from megatron_fope.compat.checkpoints import (
+    repair_checkpoint_metadata_reader,
+)
+from megatron_fope.compat.data import (
+    count_document_tokens,
+    read_batch,
+    slice_batch_for_context_parallelism,
+    use_prebuilt_dataset_helpers,
+)
+from megatron_fope.compat.models import (
+    build_gpt_model,
+    gpt_builder_config,
+    has_mtp_layers,
+    hybrid_stack_classes,
+    hybrid_stack_spec,
+    model_classes,
+)
+from megatron_fope.compat.signatures import (
+    known_fields,
+    known_parameters,
+)
+from megatron_fope.compat.training import (
+    initialize_megatron,
+    run_pretraining,
+)
+from megatron_fope.compat.versions import (
+    SUPPORTED_MEGATRON,
+    megatron_version,
+    require_supported_megatron,
+)
+
+__all__ = [
+    "SUPPORTED_MEGATRON",
+    "build_gpt_model",
+    "count_document_tokens",
+    "gpt_builder_config",
+    "has_mtp_layers",
+    "hybrid_stack_classes",
+    "hybrid_stack_spec",
+    "initialize_megatron",
+    "known_fields",
+    "known_parameters",
+    "megatron_version",
+    "model_classes",
+    "modules_that_import",
+    "null_tokenizer_flags",
+    "read_batch",
+    "repair_checkpoint_metadata_reader",
+    "repair_help_texts",
+    "require_supported_megatron",
+    "run_pretraining",
+    "slice_batch_for_context_parallelism",
+    "use_prebuilt_dataset_helpers",
+]

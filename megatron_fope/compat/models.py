@@ -1,0 +1,98 @@
+"""Model classes, their builders and their layers."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+
+def model_classes() -> list[tuple[type, tuple[str, ...]]]:
+    """Model classes that take a position embedding type, with the names of their layer-spec arguments.
+
+    0.17 calls the attention/Mamba hybrid ``MambaModel``; from 0.18 on it is ``HybridModel``, of which
+    ``MambaModel`` is a subclass.
+    """
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    gpt = (GPTModel, ("transformer_layer_spec", "mtp_block_spec"))
+    try:
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+    except ImportError:
+        from megatron.core.models.mamba.mamba_model import MambaModel
+
+        return [gpt, (MambaModel, ("mamba_stack_spec",))]
+    return [gpt, (HybridModel, ("hybrid_stack_spec",))]
+
+
+def has_mtp_layers(config: Any, vp_stage: int | None) -> bool:
+    """Whether multi-token-prediction layers live on this pipeline stage.
+
+    0.17 takes the config, 0.18 and later its two fields.
+    """
+    from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+
+    if "config" in inspect.signature(mtp_on_this_rank).parameters:
+        return mtp_on_this_rank(config, ignore_virtual=False, vp_stage=vp_stage)
+    return mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+
+
+def build_gpt_model(args: Any, config: Any, pg_collection: Any, **chunk: Any) -> Any | None:
+    """Build a model chunk with Megatron's own GPT builder (0.19 and later; earlier: None).
+
+    Args:
+        args: Megatron's arguments.
+        config: a ``TransformerConfig``, or None for the one that the arguments describe.
+        pg_collection: process groups.
+        chunk: ``pre_process``, ``post_process`` and ``vp_stage``.
+    """
+    model_config = gpt_builder_config(args, config)
+    if model_config is None:
+        return None
+    return model_config.get_builder_cls()(model_config).build_model(pg_collection, **chunk)
+
+
+def gpt_builder_config(args: Any, config: Any = None) -> Any | None:
+    """Megatron's own description of a GPT model, which its builder turns into the model.
+
+    0.19 and later; earlier releases have no such thing in the wheel (None).
+    """
+    try:
+        from megatron.training.argument_utils import gpt_config_from_args
+    except ImportError:
+        return None
+    return gpt_config_from_args(args, config)
+
+
+def hybrid_stack_spec() -> Any | None:
+    """Megatron's own spec of an attention/Mamba stack; None where its parts are not installed.
+
+    0.17: ``mamba_stack_spec``; 0.18 and later: ``hybrid_stack_spec``.
+    """
+    try:
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as spec
+    except ImportError:
+        try:
+            from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec as spec
+        except ImportError:
+            return None
+    return spec
+
+
+def hybrid_stack_classes() -> tuple[type, ...]:
+    """Modules whose spec offers layers of many kinds, of which a model uses some.
+
+    0.17: ``MambaStack``; 0.18 and later: ``HybridStack``.
+    """
+    try:
+        from megatron.core.models.hybrid.hybrid_block import HybridStack as Stack
+    except ImportError:
+        try:
+            from megatron.core.ssm.mamba_block import MambaStack as Stack
+        except ImportError:
+            return ()
+    return (Stack,)
