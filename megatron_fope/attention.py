@@ -13,7 +13,7 @@ from megatron_fope.embedding import FourierEmbedding
 from megatron_fope.errors import UserError
 
 _FORWARD_SIGNATURE = inspect.signature(SelfAttention.forward)
-_CONTEXT_ARGUMENTS = ("packed_seq_params", "inference_context", "inference_params")
+_CONTEXT_ARGUMENTS = ("packed_seq_params", "inference_context", "inference_params", "sequence_len_offset")
 
 
 class FoPESelfAttention(SelfAttention):
@@ -79,6 +79,7 @@ class FoPESelfAttention(SelfAttention):
                 cp_group=self.pg_collection.cp,
                 packed_seq_params=self._call.get("packed_seq_params"),
                 inference_context=self._call.get("inference_context") or self._call.get("inference_params"),
+                sequence_len_offset=self._call.get("sequence_len_offset"),
             )
         return query, key, *rest
 

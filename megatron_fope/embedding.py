@@ -100,6 +100,7 @@ class FourierEmbedding(MegatronModule):
         cp_group: Any = None,
         packed_seq_params: Any = None,
         inference_context: Any = None,
+        sequence_len_offset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Rotate queries and keys.
 
@@ -110,22 +111,29 @@ class FourierEmbedding(MegatronModule):
             cp_group: context-parallel group of the layer.
             packed_seq_params: Megatron's, or None.
             inference_context: Megatron's, or None.
+            sequence_len_offset: ``[b]`` int32 of static batching with CUDA graphs or flash decode; see
+                :func:`megatron_fope.positions.inference_positions`.
 
         Returns:
             Rotated query and key, same shapes and dtypes, new tensors.
         """
         if self.inv_freq.device != query.device:
             self.to(query.device)  # built on the CPU and not moved with the model; happens once
-        sin_basis, cos_basis = self._basis(query, cp_group, packed_seq_params, inference_context)
+        sin_basis, cos_basis = self._basis(
+            query, cp_group, packed_seq_params, inference_context, sequence_len_offset
+        )
         return rotate(query, key, sin_basis, cos_basis, self.coefficients(), self.fope)
 
-    def _basis(self, query: Tensor, cp_group: Any, packed: Any, context: Any) -> tuple[Tensor, Tensor]:
+    def _basis(
+        self, query: Tensor, cp_group: Any, packed: Any, context: Any, offset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         def build() -> tuple[Tensor, Tensor]:
             positions = local_positions(
                 query.size(0),
                 cp_group=cp_group,
                 packed_seq_params=packed,
                 inference_context=context,
+                sequence_len_offset=offset,
                 device=query.device,
             )
             return functional.fourier_basis(positions, self.inv_freq)

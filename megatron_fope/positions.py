@@ -72,20 +72,41 @@ def packed_positions(num_tokens: int, cu_seqlens: Tensor, *, cp_rank: int = 0, c
     return torch.where(local < chunk, cp_rank * chunk + local, last * chunk + local - chunk)
 
 
-def inference_positions(num_tokens: int, context: Any, *, device: torch.device | None = None) -> Tensor:
+def inference_positions(
+    num_tokens: int,
+    context: Any,
+    *,
+    sequence_len_offset: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """Positions of the tokens of one inference step, from Megatron's inference context.
 
     Args:
         num_tokens: tokens in this step (rows, under dynamic batching).
         context: ``StaticInferenceContext`` or ``DynamicInferenceContext``.
+        sequence_len_offset: ``[b]`` int32, what ``GPTModel`` and ``HybridModel`` pass besides the context's
+            number under static batching with flash decode or local CUDA graphs. A captured graph would
+            repeat the number of its first run, so the tensor is used where there is one.
         device: where to create the result.
 
     Returns:
         ``[num_tokens]`` int64. Static batching: the same for all sequences of the batch. Dynamic batching:
-        one token per row, with the position it has in its own request.
+        one token per row, with the position it has in its own request; rows beyond the active tokens hold
+        the position of an earlier step, and Megatron drops what is computed for them.
+
+    Raises:
+        ValueError: the sequences of a static batch have different offsets (checked on the CPU only, where
+            reading the tensor does not wait for a device; Megatron fills it with one number).
     """
     if context.is_static_batching():
-        return sequence_positions(num_tokens, offset=context.sequence_len_offset, device=device)
+        if sequence_len_offset is None:
+            return sequence_positions(num_tokens, offset=context.sequence_len_offset, device=device)
+        if sequence_len_offset.device.type == "cpu" and (sequence_len_offset != sequence_len_offset[0]).any():
+            raise ValueError(
+                f"sequence_len_offset is {sequence_len_offset.tolist()}; the sequences of a static batch "
+                "must have the same offset"
+            )
+        return sequence_positions(num_tokens, device=device) + sequence_len_offset[0]
     # 0.18 and later keep the device copy, at a fixed address, in gpu_view.
     view = getattr(context, "gpu_view", None) or context
     return view.token_to_pos_ids[:num_tokens].long()
@@ -97,6 +118,7 @@ def local_positions(
     cp_group: Any = None,
     packed_seq_params: Any = None,
     inference_context: Any = None,
+    sequence_len_offset: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
     """Positions of the tokens an attention layer sees, whatever the layout.
@@ -108,13 +130,16 @@ def local_positions(
             of hybrid context parallelism) wins over the layer's; ``local_cp_size`` without a group means
             that this sample is not divided.
         inference_context: Megatron's inference context, or None.
+        sequence_len_offset: see :func:`inference_positions`; only with a static inference context.
         device: where to create the result.
 
     Returns:
         ``[num_tokens]`` int64.
     """
     if inference_context is not None:
-        return inference_positions(num_tokens, inference_context, device=device)
+        return inference_positions(
+            num_tokens, inference_context, sequence_len_offset=sequence_len_offset, device=device
+        )
     if packed_seq_params is not None:
         if packed_seq_params.cp_group is not None:
             cp_group = packed_seq_params.cp_group
