@@ -243,6 +243,27 @@ class FoPEConfig:
             attention_scaling=self.attention_scaling,
         )
 
+    def effective_coefficients(self, coefficients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The matrices that mix the series of sin and of cos, with everything per column folded in.
+
+        Args:
+            coefficients: as from :meth:`make_coefficients`, possibly fewer heads.
+
+        Returns:
+            ``(sin, cos)``, each ``[H, D_in, D_out]`` (``H = 1`` when heads share); the same tensor twice when
+            both share one basis. Differentiable.
+        """
+        effective = {}
+        for name, value in coefficients.items():
+            value = value.unsqueeze(0) if value.dim() == 2 else value
+            if self.normalize:
+                value = functional.normalize_coefficients(value)
+            if self.attention_scaling != 1.0:
+                value = value * self.attention_scaling
+            effective[name] = value
+        names = ("sin_coef", "cos_coef") if self.separate_basis else ("fourier_coef", "fourier_coef")
+        return effective[names[0]], effective[names[1]]
+
     # Checks ---------------------------------------------------------------------------------------
 
     def check_model(self, head_dim: int) -> None:

@@ -331,7 +331,7 @@ def fourier_basis(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
+def full_precision(device_type: str) -> Iterator[None]:
     """No autocast and no TF32 inside: ``autocast(enabled=False)`` alone leaves TF32 on."""
     previous = torch.get_float32_matmul_precision()
     if previous != "highest":
@@ -355,7 +355,7 @@ class _MixBasis(torch.autograd.Function):
     def forward(ctx, basis: Tensor, coefficients: Tensor) -> Tensor:
         ctx.save_for_backward(basis)
         heads, d_in, d_out = coefficients.shape
-        with _full_precision(basis.device.type):
+        with full_precision(basis.device.type):
             mixed = basis @ coefficients.permute(1, 0, 2).reshape(d_in, heads * d_out)
         return mixed.view(-1, heads, d_out)
 
@@ -363,7 +363,7 @@ class _MixBasis(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
         (basis,) = ctx.saved_tensors
         _, heads, d_out = grad.shape
-        with _full_precision(basis.device.type):
+        with full_precision(basis.device.type):
             mixed = basis.transpose(0, 1) @ grad.reshape(-1, heads * d_out)
         return None, mixed.view(-1, heads, d_out).permute(1, 0, 2)
 

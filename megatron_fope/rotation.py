@@ -1,25 +1,36 @@
 """Rotating queries and keys in one differentiable step that keeps almost nothing for the backward pass.
 
-Computes exactly what :mod:`megatron_fope.functional` says. Autograd on those functions would keep the tables
-of every layer, ``[s, H, half]`` twice in float32, and make several temporaries as large as the queries. Here
-only what all layers share anyway is kept (the basis and the coefficients); the backward pass mixes the tables
-again, which is a small matrix product, and rotates the gradients by the transposed block. Queries and keys
-are kept only when the coefficients learn.
+Computes what :mod:`megatron_fope.functional` says, block by block over the tokens: a block's tables are
+mixed, used for its queries and keys, and forgotten. Autograd on those functions would keep the tables of every
+layer, ``[s, H, half]`` twice in float32, and make several temporaries as large as the queries. Here only what
+all layers share anyway is kept (the basis and the coefficients); the backward pass mixes the tables again and
+rotates the gradients by the transposed block. Queries and keys are kept only when the coefficients learn.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_fope import functional
+
 if TYPE_CHECKING:
     from megatron_fope.config import FoPEConfig
 
-_CPU_BLOCK = 1 << 18
-"""Elements handled at a time on the CPU, so that a block stays in the cache between its four passes."""
+_CPU_BLOCK = 1 << 17
+"""Elements of the larger of query and key that one CPU thread handles at a time: a block's float32 copy, its
+result and its tables stay in the second-level cache."""
+
+_GPU_BLOCK = 1 << 26
+"""The same for a GPU, where it only bounds the temporary memory (float32 copies: 512 MiB)."""
+
+_ROW = 32
+"""Tables are widened to a multiple of this many pairs: PyTorch's vectorised CPU loops take 32 float32 at a
+time and fall back to single elements for the rest of a row."""
 
 
 def rotate(
@@ -45,9 +56,10 @@ def rotate(
         Rotated query and key: new contiguous tensors of the same shapes and dtypes. Arithmetic in the
         coefficients' dtype, one rounding at the end.
     """
-    return _Rotate.apply(
-        query, key, sin_basis, cos_basis, config, tuple(coefficients), *coefficients.values()
-    )
+    sin_coef, cos_coef = config.effective_coefficients(coefficients)
+    pad_sin, pad_cos = (value * config.attention_scaling for value in config.pad)
+    sin_basis, cos_basis = sin_basis.to(sin_coef.dtype), cos_basis.to(cos_coef.dtype)
+    return _Rotate.apply(query, key, sin_basis, cos_basis, sin_coef, cos_coef, pad_sin, pad_cos)
 
 
 class _Rotate(torch.autograd.Function):
@@ -58,124 +70,190 @@ class _Rotate(torch.autograd.Function):
         key: Tensor,
         sin_basis: Tensor,
         cos_basis: Tensor,
-        config: FoPEConfig,
-        names: tuple[str, ...],
-        *coefficients: Tensor,
+        sin_coef: Tensor,
+        cos_coef: Tensor,
+        pad_sin: float,
+        pad_cos: float,
     ) -> tuple[Tensor, Tensor]:
-        learning = any(ctx.needs_input_grad[6:])
-        ctx.save_for_backward(sin_basis, cos_basis, *coefficients, *((query, key) if learning else ()))
-        ctx.settings = (config, names)
-        sin, cos = _series(config, sin_basis, cos_basis, names, coefficients)
-        pad_sin, pad_cos = _padding(config)
-        return _turn(query, sin, cos, pad_sin, pad_cos), _turn(key, sin, cos, pad_sin, pad_cos)
+        learning = any(ctx.needs_input_grad[4:6])
+        ctx.save_for_backward(sin_basis, cos_basis, sin_coef, cos_coef, *((query, key) if learning else ()))
+        ctx.padding = (pad_sin, pad_cos)
+        series = _Series(sin_basis, cos_basis, sin_coef, cos_coef, pad_sin, pad_cos)
+        return _turn((query, key), series)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
-        config, names = ctx.settings
-        sin_basis, cos_basis, *rest = ctx.saved_tensors
-        coefficients, inputs = rest[: len(names)], rest[len(names) :]
-        with torch.enable_grad():
-            leaves = tuple(c.detach().requires_grad_(bool(inputs)) for c in coefficients)
-            sin, cos = _series(config, sin_basis, cos_basis, names, leaves)
-        grad_coefficients: tuple[Tensor | None, ...] = (None,) * len(names)
-        if inputs:
-            grads = [
-                _series_gradients(x, g, sin) for x, g in zip(inputs, (grad_query, grad_key), strict=True)
-            ]
-            grad_series = [torch.add(*parts) for parts in zip(*grads, strict=True)]
-            grad_coefficients = torch.autograd.grad((sin, cos), leaves, grad_series)
+        sin_basis, cos_basis, sin_coef, cos_coef, *inputs = ctx.saved_tensors
+        pad_sin, pad_cos = ctx.padding
+        needed = ctx.needs_input_grad
+        grads = [g for g, wanted in zip((grad_query, grad_key), needed[:2], strict=True) if wanted]
         # The transpose of [[cos, -sin], [sin, cos]] is the same block with the other sign of sin.
-        pad_sin, pad_cos = _padding(config)
-        sin, cos = -sin.detach(), cos.detach()
-        grad_inputs = (
-            _turn(g, sin, cos, -pad_sin, pad_cos) if needed else None
-            for g, needed in zip((grad_query, grad_key), ctx.needs_input_grad[:2], strict=True)
+        series = _Series(sin_basis, cos_basis, -sin_coef, cos_coef, -pad_sin, pad_cos)
+        turned = iter(_turn(tuple(grads), series)) if grads else iter(())
+        grad_inputs = [next(turned) if wanted else None for wanted in needed[:2]]
+        grad_sin = grad_cos = None
+        if inputs:
+            grad_sin, grad_cos = _coefficient_gradients(inputs, (grad_query, grad_key), series)
+        return *grad_inputs, None, None, grad_sin, grad_cos, None, None
+
+
+@dataclass(frozen=True)
+class _Series:
+    """The Fourier series of a call: what mixes a block's tables, and what its other pairs rotate by."""
+
+    sin_basis: Tensor
+    """``[s, D_in]``."""
+    cos_basis: Tensor
+    """``[s, D_in]``."""
+    sin_coef: Tensor
+    """``[H, D_in, D_out]``."""
+    cos_coef: Tensor
+    """``[H, D_in, D_out]``."""
+    pad_sin: float
+    pad_cos: float
+
+    def mixers(self, width: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(constants, matrix) of sin and of cos, ``[H * width]`` and ``[D_in, H * width]``.
+
+        ``constants + basis @ matrix`` are the tables of ``width >= D_out`` pairs per head: pairs without a
+        series get a column of zeros and the padding as constant.
+        """
+        return (
+            _mixer(self.sin_coef, width, self.pad_sin),
+            _mixer(self.cos_coef, width, self.pad_cos),
         )
-        return *grad_inputs, None, None, None, None, *grad_coefficients
 
 
-def _series(
-    config: FoPEConfig,
-    sin_basis: Tensor,
-    cos_basis: Tensor,
-    names: tuple[str, ...],
-    coefficients: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor]:
-    """The tables without padding, ``[s, H, D_out]`` each: padded pairs need no table."""
-    by_name = dict(zip(names, coefficients, strict=True))
-    return config.mix(sin_basis, cos_basis, by_name, 2 * coefficients[0].size(-1))
+def _mixer(coef: Tensor, width: int, pad: float) -> tuple[Tensor, Tensor]:
+    groups, d_in, d_out = coef.shape
+    matrix = coef.new_zeros(d_in, groups, width)
+    matrix[..., :d_out] = coef.transpose(0, 1)
+    constants = coef.new_zeros(groups, width)
+    constants[:, d_out:] = pad
+    return constants.flatten(), matrix.flatten(1)
 
 
-def _padding(config: FoPEConfig) -> tuple[float, float]:
-    """(sin, cos) of the pairs without a series."""
-    pad_sin, pad_cos = config.pad
-    return pad_sin * config.attention_scaling, pad_cos * config.attention_scaling
+def _block_size(tensors: tuple[Tensor, ...]) -> int:
+    """Tokens handled at a time."""
+    per_token = max(1, max(t[0].numel() if t.size(0) else 1 for t in tensors))
+    limit = _GPU_BLOCK
+    if tensors[0].device.type == "cpu":
+        limit = _CPU_BLOCK * torch.get_num_threads()
+    return max(1, min(tensors[0].size(0), limit // per_token))
 
 
-def _turn(x: Tensor, sin: Tensor, cos: Tensor, pad_sin: float, pad_cos: float) -> Tensor:
-    """:func:`megatron_fope.functional.apply_fourier_rotary` without autograd and with few temporaries.
+def _turn(tensors: tuple[Tensor, ...], series: _Series) -> tuple[Tensor, ...]:
+    """Rotate ``[s, b, heads, head_dim]`` tensors (heads may differ) by the same series, without autograd.
+
+    A block is copied to float32 as one contiguous piece, rotated there, and copied out as one piece, which
+    rounds once. Working on the halves of each head in place would touch every cache line several times.
+    """
+    outs = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors)
+    num_tokens, half = tensors[0].size(0), tensors[0].size(-1) // 2
+    if not num_tokens:
+        return outs
+    groups, _, d_out = series.sin_coef.shape
+    wide = series.sin_coef.dtype
+    width = min(half, -(-d_out // _ROW) * _ROW)
+    size = _block_size(tensors)
+    (sin_constants, sin_matrix), (cos_constants, cos_matrix) = series.mixers(width)
+    tables = _empty_pair((size, groups * width), wide, outs[0].device)
+    buffers = {t.shape[1:]: _empty_pair((size, *t.shape[1:]), wide, t.device) for t in tensors}
+    bases = zip(series.sin_basis.split(size), series.cos_basis.split(size), strict=True)
+    blocks = zip(*(t.split(size) for t in tensors), strict=True)
+    out_blocks = zip(*(t.split(size) for t in outs), strict=True)
+    length = 0
+    with functional.full_precision(outs[0].device.type):
+        for (sin_basis, cos_basis), block, out_block in zip(bases, blocks, out_blocks, strict=True):
+            if sin_basis.size(0) != length:  # the first block and a shorter last one
+                length = sin_basis.size(0)
+                sin, cos = (table[:length] for table in tables)
+                shape = (length, 1, groups, 1, width)
+                work = [tuple(b[:length] for b in buffers[t.shape[1:]]) for t in tensors]
+                parts = [_Parts(*pair, sin.view(shape), cos.view(shape)) for pair in work]
+            if width == d_out:
+                torch.mm(sin_basis, sin_matrix, out=sin)
+                torch.mm(cos_basis, cos_matrix, out=cos)
+            else:
+                torch.addmm(sin_constants, sin_basis, sin_matrix, out=sin)
+                torch.addmm(cos_constants, cos_basis, cos_matrix, out=cos)
+            for x, out, (wide_in, wide_out), part in zip(block, out_block, work, parts, strict=True):
+                wide_in.copy_(x)
+                part.turn(series.pad_sin, series.pad_cos)
+                out.copy_(wide_out)
+    return outs
+
+
+def _empty_pair(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+
+
+class _Parts:
+    """Views of one block in float32: halves of the pairs with a table and of those without.
 
     Args:
-        x: ``[s, b, heads, head_dim]``.
-        sin: ``[s, H, D_out]``.
-        cos: ``[s, H, D_out]``.
-        pad_sin: sin of the pairs from ``D_out`` on.
-        pad_cos: their cos.
+        x: ``[n, b, heads, head_dim]``.
+        out: same shape, receives the result.
+        sin: ``[n, 1, H, 1, width]``.
+        cos: same shape.
     """
-    num_tokens, batch, heads, head_dim = x.shape
-    groups, d_out, half = sin.size(1), sin.size(2), head_dim // 2
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = num_tokens
-    if x.device.type == "cpu":
-        block = max(1, _CPU_BLOCK // max(1, batch * heads * head_dim))
-    sin, cos = (table[:, None, :, None] for table in (sin, cos))
-    for start in range(0, num_tokens, block):
-        rows = slice(start, start + block)
-        pairs, turned = (t[rows].unflatten(-1, (2, half)) for t in (x, out))
-        if d_out < half:
-            _turn_padding(pairs[..., d_out:], turned[..., d_out:], pad_sin, pad_cos)
-        pairs, turned = (t[..., :d_out].unflatten(2, (groups, heads // groups)) for t in (pairs, turned))
-        _turn_series(pairs, turned, sin[rows], cos[rows])
-    return out
+
+    def __init__(self, x: Tensor, out: Tensor, sin: Tensor, cos: Tensor) -> None:
+        self.sin, self.cos = sin, cos
+        groups, width = sin.size(2), sin.size(-1)
+        self.series, self.padded = [], []
+        for tensor in (x, out):
+            pairs = tensor.unflatten(-1, (2, -1))
+            self.series += pairs[..., :width].unflatten(2, (groups, -1)).unbind(-2)
+            if width < pairs.size(-1):
+                self.padded += pairs[..., width:].unbind(-2)
+
+    def turn(self, pad_sin: float, pad_cos: float) -> None:
+        """Write the rotated block."""
+        first, second, out_first, out_second = self.series
+        torch.mul(first, self.cos, out=out_first).addcmul_(second, self.sin, value=-1)
+        torch.mul(second, self.cos, out=out_second).addcmul_(first, self.sin)
+        if not self.padded:
+            return
+        first, second, out_first, out_second = self.padded
+        if pad_cos == 1.0:
+            torch.sub(first, second, alpha=pad_sin, out=out_first)
+            torch.add(second, first, alpha=pad_sin, out=out_second)
+            return
+        torch.mul(first, pad_cos, out=out_first).add_(second, alpha=-pad_sin)
+        torch.mul(second, pad_cos, out=out_second).add_(first, alpha=pad_sin)
 
 
-def _turn_series(x: Tensor, out: Tensor, sin: Tensor, cos: Tensor) -> None:
-    """``x`` and ``out`` ``[s, b, H, rep, 2, D_out]``; tables ``[s, 1, H, 1, D_out]``."""
-    first, second = x.to(sin.dtype).unbind(-2)
-    out_first, out_second = out.unbind(-2)
-    if out.dtype == sin.dtype:
-        torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-        torch.mul(second, cos, out=out_second).addcmul_(first, sin)
-        return
-    # 16 bit: both products are summed in float32 and rounded once, by the copy.
-    out_first.copy_((first * cos).addcmul_(second, sin, value=-1))
-    out_second.copy_((second * cos).addcmul_(first, sin))
+def _coefficient_gradients(
+    inputs: list[Tensor], grads: tuple[Tensor, Tensor], series: _Series
+) -> tuple[Tensor, Tensor]:
+    """Gradients of both coefficient tensors, ``[H, D_in, D_out]``, summed over tokens, batch and heads."""
+    groups, d_in, d_out = series.sin_coef.shape
+    device = grads[0].device.type
+    sums = [
+        torch.zeros(d_in, groups * d_out, dtype=b.dtype, device=b.device) for b in (series.sin_basis,) * 2
+    ]
+    size = _block_size(grads)
+    blocks = zip(*(t.split(size) for t in (series.sin_basis, series.cos_basis, *inputs, *grads)), strict=True)
+    with functional.full_precision(grads[0].device.type):
+        for sin_basis, cos_basis, query, key, grad_query, grad_key in blocks:
+            of_query, of_key = (
+                _series_gradients(x, g, groups, d_out, sin_basis.dtype)
+                for x, g in ((query, grad_query), (key, grad_key))
+            )
+            for total, basis, a, b in zip(sums, (sin_basis, cos_basis), of_query, of_key, strict=True):
+                total.addmm_(basis.transpose(0, 1), (a + b).flatten(1))
+    return tuple(total.view(d_in, groups, d_out).transpose(0, 1) for total in sums)
 
 
-def _turn_padding(x: Tensor, out: Tensor, pad_sin: float, pad_cos: float) -> None:
-    """``x`` and ``out`` ``[s, b, heads, 2, n]``; constants instead of tables."""
-    if (pad_sin, pad_cos) == (0.0, 1.0):
-        out.copy_(x)
-        return
-    first, second = x.unbind(-2)
-    out_first, out_second = out.unbind(-2)
-    if pad_cos == 1.0 and abs(pad_sin) == 1.0:  # one addition each, rounded once in any dtype
-        torch.sub(first, second, alpha=pad_sin, out=out_first)
-        torch.add(second, first, alpha=pad_sin, out=out_second)
-        return
-    wide = x.dtype if x.dtype == torch.float64 else torch.float32
-    first, second = first.to(wide), second.to(wide)
-    out_first.copy_((first * pad_cos).add_(second, alpha=-pad_sin))
-    out_second.copy_((second * pad_cos).add_(first, alpha=pad_sin))
-
-
-def _series_gradients(x: Tensor, grad: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the sin and cos series, ``[s, H, D_out]``: summed over batch and the group's heads."""
-    groups, d_out = sin.size(1), sin.size(2)
+def _series_gradients(
+    x: Tensor, grad: Tensor, groups: int, d_out: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a block's sin and cos series, ``[n, H, D_out]``."""
     rows = (groups, x.size(2) // groups)
     (first, second), (grad_first, grad_second) = (
-        t.unflatten(-1, (2, -1))[..., :d_out].unflatten(2, rows).to(sin.dtype).unbind(-2) for t in (x, grad)
+        t.unflatten(-1, (2, -1))[..., :d_out].unflatten(2, rows).to(dtype).unbind(-2) for t in (x, grad)
     )
     grad_sin = (grad_second * first - grad_first * second).sum(dim=(1, 3))
     grad_cos = (grad_first * first + grad_second * second).sum(dim=(1, 3))
