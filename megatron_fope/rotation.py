@@ -1,10 +1,11 @@
 """Rotating queries and keys in one differentiable step that keeps almost nothing for the backward pass.
 
 Computes what :mod:`megatron_fope.functional` says, block by block over the tokens: a block's tables are
-mixed, used for its queries and keys, and forgotten. Autograd on those functions would keep the tables of every
-layer, ``[s, H, half]`` twice in float32, and make several temporaries as large as the queries. Here only what
-all layers share anyway is kept (the basis and the coefficients); the backward pass mixes the tables again and
-rotates the gradients by the transposed block. Queries and keys are kept only when the coefficients learn.
+mixed, used for its queries and keys, and forgotten. Autograd on those functions would keep the tables of
+every layer, ``[s, H, half]`` twice in float32, and make several temporaries as large as the queries. Here
+only what all layers share anyway is kept (the basis and the coefficients); the backward pass mixes the tables
+again and rotates the gradients by the transposed block. Queries and keys are kept only when the coefficients
+learn.
 """
 
 from __future__ import annotations
@@ -230,10 +231,7 @@ def _coefficient_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both coefficient tensors, ``[H, D_in, D_out]``, summed over tokens, batch and heads."""
     groups, d_in, d_out = series.sin_coef.shape
-    device = grads[0].device.type
-    sums = [
-        torch.zeros(d_in, groups * d_out, dtype=b.dtype, device=b.device) for b in (series.sin_basis,) * 2
-    ]
+    sums = [series.sin_coef.new_zeros(d_in, groups * d_out) for _ in range(2)]
     size = _block_size(grads)
     blocks = zip(*(t.split(size) for t in (series.sin_basis, series.cos_basis, *inputs, *grads)), strict=True)
     with functional.full_precision(grads[0].device.type):
