@@ -138,32 +138,47 @@ class FourierEmbedding(MegatronModule):
             )
             return functional.fourier_basis(positions, self.inv_freq)
 
-        if packed is not None or context is not None:
+        if context is not None:
             return build()
         cp = (cp_group.rank(), cp_group.size()) if cp_group is not None else (0, 1)
-        return _BASIS_CACHE.get((self.fope, self.head_dim, query.device, query.size(0), cp), build)
+        key = (self.fope, self.head_dim, query.device, query.size(0), cp)
+        if packed is None:
+            return _BASIS_CACHE.get(key, build)
+        lengths = (packed.cu_seqlens_q, packed.cu_seqlens_q_padded)
+        key += (packed.qkv_format, packed.cp_group, packed.local_cp_size)
+        return _BASIS_CACHE.get(key, build, tuple(t for t in lengths if t is not None))
 
 
 class _BasisCache:
-    """sin and cos of plain training positions, shared by all layers: the most recent few."""
+    """The most recent few bases of training: one serves all layers.
+
+    Plain positions stay the same from step to step. Packed documents bring new ones with every micro-batch;
+    they are recognised by the tensors of their lengths, which an entry keeps alive, and by PyTorch's count of
+    writes to these, because CUDA graphs reuse their memory.
+    """
 
     def __init__(self, size: int = 4) -> None:
         self._size = size
-        self._entries: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
+        self._entries: OrderedDict[Any, tuple[Any, tuple[Tensor, Tensor]]] = OrderedDict()
 
-    def get(self, key: Any, build: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def get(
+        self, key: Any, build: Callable[[], tuple[Tensor, Tensor]], lengths: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
+        if any(t.is_inference() for t in lengths):
+            return build()  # such tensors do not count their writes
+        key = (key, tuple((id(t), t._version) for t in lengths))
         if key in self._entries:
             self._entries.move_to_end(key)
-            return self._entries[key]
+            return self._entries[key][1]
         # A tensor made in inference mode could not be saved for backward by a later training step.
         with torch.inference_mode(False), torch.no_grad():
-            entry = build()
+            basis = build()
         if _is_capturing():
-            return entry  # memory of a CUDA graph's private pool must not outlive the capture
-        self._entries[key] = entry
+            return basis  # memory of a CUDA graph's private pool must not outlive the capture
+        self._entries[key] = (lengths, basis)
         if len(self._entries) > self._size:
             self._entries.popitem(last=False)
-        return entry
+        return basis
 
 
 @functools.cache

@@ -342,6 +342,36 @@ def check_packed_documents_equal_separate_ones() -> None:
         torch.testing.assert_close(together[:, start:end], alone, rtol=0, atol=2e-5)
 
 
+def check_packed_layers_share_one_basis() -> None:
+    """Built once per micro-batch, and again when the lengths are new or overwritten in place."""
+    import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from megatron_fope import functional
+
+    model = gpt(fope_config(gain=1.0))
+    ids, positions = tokens(length=24, batch=1)
+    built: list[int] = []
+    original = functional.fourier_basis
+    functional.fourier_basis = lambda *args: built.append(1) or original(*args)
+    try:
+
+        def loss(lengths: torch.Tensor) -> torch.Tensor:
+            packed = PackedSeqParams("thd", lengths, lengths, max_seqlen_q=15, max_seqlen_kv=15)
+            return model(ids, positions, None, packed_seq_params=packed)
+
+        lengths = torch.tensor([0, 9, 24], dtype=torch.int32)
+        first = loss(lengths)
+        assert len(built) == 1, built
+        assert torch.equal(loss(lengths), first) and len(built) == 1
+        lengths[1] = 12
+        changed = loss(lengths)
+        assert len(built) == 2 and not torch.equal(changed, first)
+        assert torch.equal(loss(lengths.clone()), changed) and len(built) == 3
+    finally:
+        functional.fourier_basis = original
+
+
 def check_cached_decoding_equals_the_full_forward() -> None:
     """Static batching: prefill, then token by token; keys are rotated once, when they enter the cache."""
     import contextlib
