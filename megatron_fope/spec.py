@@ -33,9 +33,10 @@ def with_fope(spec: Any, config: FoPEConfig) -> Any:
         The converted copy, of the same type as ``spec``.
 
     Raises:
-        UserError: an attention class that cannot be converted, a spec without any attention, or one that
-            has FoPE with other settings.
+        UserError: an attention class that cannot be converted, a spec without any attention, one that has
+            FoPE with other settings, or an unsupported Megatron-Core.
     """
+    compat.require_megatron_core()
     converter = _Converter(config)
     converted = converter.convert(spec)
     if not converter.num_attentions:

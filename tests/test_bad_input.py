@@ -380,7 +380,7 @@ def test_cpu_flag_with_something_else(argv: list[str], refused: Callable[..., No
     refused(argv, "--cpu goes in front of a training script, 'pretrain'", repr([*argv, "nothing"][1]))
 
 
-@pytest.mark.parametrize("version", ["0.16.1", "0.20.0", "1.0"])
+@pytest.mark.parametrize("version", ["0.15.3", "0.21.0", "1.0"])
 def test_megatron_outside_the_supported_range(
     version: str, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,7 +388,7 @@ def test_megatron_outside_the_supported_range(
     refused(["--cpu", "pretrain"], f"Megatron-Core {version} is installed", "<0.20", ">=0.17")
 
 
-@pytest.mark.parametrize("version", ["0.17.0", "0.18.2", "0.19.2", "0.19.0rc1"])
+@pytest.mark.parametrize("version", ["0.16.1", "0.17.0", "0.18.2", "0.19.2", "0.19.0rc1", "0.20.0"])
 def test_supported_megatron(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat.versions, "megatron_version", lambda: compat.versions.Version(version))
     assert str(compat.require_supported_megatron()) == version

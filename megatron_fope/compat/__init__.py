@@ -23,6 +23,7 @@ from megatron_fope.compat.data import (
 )
 from megatron_fope.compat.models import (
     build_gpt_model,
+    define_missing_router_kernel,
     gpt_builder_config,
     has_mtp_layers,
     hybrid_stack_classes,
@@ -38,17 +39,23 @@ from megatron_fope.compat.training import (
     run_pretraining,
 )
 from megatron_fope.compat.versions import (
+    SUPPORTED_CHECKOUTS,
     SUPPORTED_MEGATRON,
+    has_training_loop,
     megatron_version,
+    require_megatron_core,
     require_supported_megatron,
 )
 
 __all__ = [
+    "SUPPORTED_CHECKOUTS",
     "SUPPORTED_MEGATRON",
     "build_gpt_model",
     "count_document_tokens",
+    "define_missing_router_kernel",
     "gpt_builder_config",
     "has_mtp_layers",
+    "has_training_loop",
     "hybrid_stack_classes",
     "hybrid_stack_spec",
     "initialize_megatron",
@@ -61,6 +68,7 @@ __all__ = [
     "read_batch",
     "repair_checkpoint_metadata_reader",
     "repair_help_texts",
+    "require_megatron_core",
     "require_supported_megatron",
     "run_pretraining",
     "slice_batch_for_context_parallelism",

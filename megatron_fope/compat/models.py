@@ -96,3 +96,15 @@ def hybrid_stack_classes() -> tuple[type, ...]:
         except ImportError:
             return ()
     return (Stack,)
+
+
+def define_missing_router_kernel() -> None:
+    """Let a mixture of experts run without Transformer Engine in 0.16.
+
+    Its router asks whether ``te_general_gemm`` is None, but only defines the name where Transformer Engine is
+    installed; 0.17 and later define it.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None

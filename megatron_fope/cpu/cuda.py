@@ -186,6 +186,16 @@ def _cuda_stand_ins() -> dict[str, Any]:
     return stand_ins
 
 
+def _own(function: Callable) -> Callable:
+    """The function as an object of its own: ``torch.compile`` keeps a rule per object and refuses two."""
+
+    @functools.wraps(function)
+    def own(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return own
+
+
 def _replace_tensor_methods() -> None:
     """Make the methods that move tensors to a GPU return the tensor, and ``type()`` speak CUDA.
 
@@ -228,11 +238,11 @@ def install() -> None:
     # Libraries that bypass torch (and child processes) must not find a GPU either.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for name, stand_in in _cuda_stand_ins().items():
-        setattr(torch.cuda, name, stand_in)
+        setattr(torch.cuda, name, stand_in if isinstance(stand_in, type) else _own(stand_in))
     torch.cuda.random.get_rng_state = _get_rng_state
     torch.cuda.random.set_rng_state = _set_rng_state
-    torch.cuda.nvtx.range_push = _nothing
-    torch.cuda.nvtx.range_pop = _nothing
+    torch.cuda.nvtx.range_push = _own(_nothing)
+    torch.cuda.nvtx.range_pop = _own(_nothing)
     _replace_tensor_methods()
     _drop_device_of_process_group()
     _active_mode = CudaAsCpu()

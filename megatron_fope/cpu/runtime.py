@@ -81,8 +81,9 @@ def _patch_megatron() -> None:
     from megatron_fope.cpu import attention, norm, optimizer
 
     _use_cpu_generator()
-    _allow_no_cuda()
-    _skip_jit_warm_up()
+    if compat.has_training_loop():
+        _allow_no_cuda()
+        _skip_jit_warm_up()
     _move_split_sizes()
     _recompute_on_cpu()
     norm.install()
@@ -90,6 +91,7 @@ def _patch_megatron() -> None:
     optimizer.install()
     compat.use_prebuilt_dataset_helpers()
     compat.repair_checkpoint_metadata_reader()
+    compat.define_missing_router_kernel()
 
 
 def _use_cpu_generator() -> None:
