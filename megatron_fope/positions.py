@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_fope import compat
+
 
 def sequence_positions(
     num_tokens: int,
@@ -107,9 +109,7 @@ def inference_positions(
                 "must have the same offset"
             )
         return sequence_positions(num_tokens, device=device) + sequence_len_offset[0]
-    # 0.18 and later keep the device copy, at a fixed address, in gpu_view.
-    view = getattr(context, "gpu_view", None) or context
-    return view.token_to_pos_ids[:num_tokens].long()
+    return compat.token_positions(context)[:num_tokens].long()
 
 
 def local_positions(

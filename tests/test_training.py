@@ -235,9 +235,17 @@ def test_one_line_in_the_users_own_script(trainer: Trainer, one_rank: Run) -> No
     "MEGATRON_LM" not in os.environ, reason="MEGATRON_LM does not name a Megatron-LM checkout"
 )
 def test_unmodified_megatron_lm_checkout(trainer: Trainer, one_rank: Run) -> None:
-    script = Path(os.environ["MEGATRON_LM"]) / "pretrain_gpt.py"
-    run = trainer.run("checkout", *FOPE, *TP2, nproc=2, entry=("-m", "megatron_fope", "--cpu", str(script)))
-    assert run.losses == pytest.approx(one_rank.losses, abs=1e-5)
+    """Its own ``pretrain_gpt.py``, on one rank and on two."""
+    checkout = Path(os.environ["MEGATRON_LM"]).resolve()
+    entry = ("-m", "megatron_fope", "--cpu", str(checkout / "pretrain_gpt.py"))
+    single = trainer.run("checkout", *FOPE, entry=entry)
+    parallel = trainer.run("checkout parallel", *FOPE, *TP2, nproc=2, entry=entry)
+    for run in (single, parallel):
+        assert f"{checkout}/megatron/core/" in run.log and "site-packages/megatron/" not in run.log
+        assert "> FoPE: profile paper, train length 64" in run.log
+    assert parallel.losses == pytest.approx(single.losses, abs=1e-5)
+    # 0.16 and 0.17 draw other initial weights than the installed release.
+    assert single.losses == pytest.approx(one_rank.losses, abs=0.1)
 
 
 def test_perplexity_of_checkpoints(trainer: Trainer, one_rank: Run, two_ranks: Run) -> None:

@@ -2,7 +2,21 @@
 
 Nothing else in the package may read a Megatron version number or probe a signature: a new Megatron
 release is supported by editing this package. Each helper says which releases it bridges, so that it can be
-deleted when the oldest of them is dropped.
+deleted when the oldest of them is dropped:
+
+=============== ======================================================================================
+only for        helpers
+=============== ======================================================================================
+0.16            ``define_missing_router_kernel``; ``has_training_loop`` (its wheel)
+up to 0.17      ``count_document_tokens``, ``has_mtp_layers``, ``hybrid_stack_classes``,
+                ``hybrid_stack_spec``, ``initialize_megatron``, ``model_classes``,
+                ``modules_that_import``, ``null_tokenizer_flags``, ``token_positions``
+up to 0.18      ``gpt_builder_config``, ``known_fields``,
+                ``known_parameters``, ``read_batch``, ``run_pretraining``,
+                ``slice_batch_for_context_parallelism``
+0.19            ``repair_help_texts``
+all so far      ``repair_checkpoint_metadata_reader``, ``use_prebuilt_dataset_helpers``
+=============== ======================================================================================
 """
 
 from __future__ import annotations
@@ -20,6 +34,9 @@ from megatron_fope.compat.data import (
     read_batch,
     slice_batch_for_context_parallelism,
     use_prebuilt_dataset_helpers,
+)
+from megatron_fope.compat.inference import (
+    token_positions,
 )
 from megatron_fope.compat.models import (
     build_gpt_model,
@@ -72,5 +89,6 @@ __all__ = [
     "require_supported_megatron",
     "run_pretraining",
     "slice_batch_for_context_parallelism",
+    "token_positions",
     "use_prebuilt_dataset_helpers",
 ]
