@@ -13,6 +13,7 @@ megatron-fope [--cpu] SCRIPT.py [Megatron's arguments]   run a Megatron training
 megatron-fope [--cpu] pretrain [Megatron's arguments]    GPT pre-training from the megatron-core wheel alone
 megatron-fope prepare-data ...                           text to Megatron's .bin/.idx
 megatron-fope evaluate-perplexity ...                    perplexity of checkpoints over context lengths
+megatron-fope bench ...                                  speed, memory and communication beside RoPE
 """
 _DESCRIPTION = """\
 Training runs one process per rank: torchrun --nproc-per-node N -m megatron_fope ...
@@ -63,6 +64,7 @@ def _dispatch(argv: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"megatron-fope {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="megatron-fope")
+    from megatron_fope.bench import command as bench
     from megatron_fope.data import command as preparation
     from megatron_fope.evaluation import command as evaluation
 
@@ -70,10 +72,13 @@ def _dispatch(argv: list[str]) -> int:
     evaluation.add_arguments(
         commands.add_parser("evaluate-perplexity", help="perplexity of checkpoints over context lengths")
     )
+    bench.add_arguments(commands.add_parser("bench", help="speed, memory and communication beside RoPE"))
     arguments = parser.parse_args(argv)
     if arguments.command == "prepare-data":
         return preparation.run(arguments)
     if arguments.command == "evaluate-perplexity":
         return evaluation.run(arguments)
+    if arguments.command == "bench":
+        return bench.run(arguments)
     parser.print_help()
     return 2
