@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_fope import compat
+from megatron_fope.errors import UserError
 
 BATCH_KEYS = (
     "attention_mask",
@@ -51,7 +53,7 @@ def _dataset_config(args: Any) -> GPTDatasetConfig:
         "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
         "sequences_per_dataset": sequences_per_dataset,
         "sequence_parallel_size": args.tensor_model_parallel_size if args.sequence_parallel else 0,
-        "inter_document_masking": _packs_documents(args),
+        "inter_document_masking": _masks_documents(args),
     }
     values |= {
         name: getattr(args, name)
@@ -75,18 +77,67 @@ def _dataset_config(args: Any) -> GPTDatasetConfig:
     return GPTDatasetConfig(**compat.known_fields(GPTDatasetConfig, values))
 
 
-def _packs_documents(args: Any) -> bool:
-    """Whether documents of one sequence must not see each other."""
+def _masks_documents(args: Any) -> bool:
+    """Whether documents meet in ordinary sequences, but must not see each other (0.19 and later)."""
     return getattr(args, "dataloader_inter_document_masking", False)
 
 
+def _packs_documents(args: Any) -> bool:
+    """Whether a sample says where its documents end."""
+    return args.sft or _masks_documents(args)
+
+
 def _needs_data(args: Any, vp_stage: int | None) -> bool:
-    """Whether this rank reads the data set: the first tensor-parallel rank of a stage that uses tokens."""
+    """Whether this rank reads the data set.
+
+    The first tensor-parallel rank of a stage that uses tokens; of every stage when documents are kept apart,
+    because each needs to know where they end.
+    """
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         return False
-    return is_first_or_last_pipeline_stage(vp_stage) or compat.has_mtp_layers(
-        core_transformer_config_from_args(args), vp_stage
+    return (
+        _packs_documents(args)
+        or is_first_or_last_pipeline_stage(vp_stage)
+        or compat.has_mtp_layers(core_transformer_config_from_args(args), vp_stage)
     )
+
+
+def check_args(args: Any) -> None:
+    """Refuse data that cannot be read here.
+
+    Raises:
+        UserError: ``--sft`` with a release, or without a flag or library, that it needs.
+    """
+    if not args.sft:
+        return
+    if not compat.reads_packed_batches():
+        raise UserError(
+            f"--sft is given with Megatron-Core {compat.megatron_version()}, whose pipeline stages do not "
+            "all learn where documents end; allowed: 0.18 and later"
+        )
+    if args.create_attention_mask_in_dataloader:
+        raise UserError("--sft is given without --no-create-attention-mask-in-dataloader, which it needs")
+    missing = [name for name in ("datasets", "transformers") if find_spec(name) is None]
+    if missing and args.tokenizer_type == "SFTTokenizer":
+        raise UserError(f"--sft needs {' and '.join(missing)}; pip install {' '.join(missing)}")
+
+
+def _dataset_class(args: Any) -> type:
+    """The class that reads the data.
+
+    Raises:
+        UserError: ``--sft`` with a tokenizer that knows no conversations.
+    """
+    if args.sft:
+        if args.tokenizer_type != "SFTTokenizer":
+            raise UserError(
+                f"--tokenizer-type is {args.tokenizer_type}, but --sft reads conversations; "
+                "allowed: SFTTokenizer"
+            )
+        from megatron.training.datasets.sft_dataset import SFTDataset
+
+        return SFTDataset
+    return MockGPTDataset if args.mock_data else GPTDataset
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
@@ -102,7 +153,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     args = get_args()
     print_rank_0("> building train, validation, and test datasets for GPT ...")
     datasets = BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
+        _dataset_class(args),
         num_samples,
         partial(_needs_data, args, vp_stage),
         _dataset_config(args),
@@ -138,7 +189,8 @@ def get_batch(
 
     batch = compat.read_batch(data_iterator, args, keys=BATCH_KEYS, packed=packed, mtp=mtp)
     if uses_tokens:
-        batch = compat.slice_batch_for_context_parallelism(batch, packed=packed)
+        whole = _masks_documents(args) and not args.sft
+        batch = compat.slice_batch_for_context_parallelism(batch, whole=whole)
         batch = {key: batch.get(key) for key in BATCH_KEYS}
     else:
         # A stage in the middle only needs to know where documents end.

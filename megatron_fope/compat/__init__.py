@@ -32,6 +32,7 @@ from megatron_fope.compat.checkpoints import (
 from megatron_fope.compat.data import (
     count_document_tokens,
     read_batch,
+    reads_packed_batches,
     slice_batch_for_context_parallelism,
     use_prebuilt_dataset_helpers,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "modules_that_import",
     "null_tokenizer_flags",
     "read_batch",
+    "reads_packed_batches",
     "repair_checkpoint_metadata_reader",
     "repair_help_texts",
     "require_megatron_core",

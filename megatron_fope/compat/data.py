@@ -26,6 +26,13 @@ def use_prebuilt_dataset_helpers() -> None:
     dataset_utils.compile_helpers = nothing_to_compile
 
 
+def reads_packed_batches() -> bool:
+    """Whether every pipeline and tensor-parallel rank learns where packed documents end (0.18 and later)."""
+    from megatron.core import utils as core_utils
+
+    return hasattr(core_utils, "get_batch_on_this_tp_rank")
+
+
 def read_batch(
     data_iterator: Any, args: Any, *, keys: tuple[str, ...], packed: bool, mtp: bool
 ) -> dict[str, Any]:
@@ -33,13 +40,13 @@ def read_batch(
 
     0.17: one function of ``megatron.training.utils`` reads and broadcasts. 0.18: the caller reads, and a
     function of ``megatron.core.utils`` broadcasts. 0.19 renames ``is_sft`` of it to ``has_cu_seqlens`` and
-    needs the samples of a packed micro-batch joined.
+    needs the samples of a packed micro-batch joined; in 0.18 a packed micro-batch is one sample.
 
     Args:
         data_iterator: yields dictionaries of tensors; used on the first tensor-parallel rank only.
         args: Megatron's arguments.
         keys: every key that the batch shall have (None where the dataset has none).
-        packed: the samples carry document boundaries (0.19 and later).
+        packed: the samples carry document boundaries (0.18 and later).
         mtp: multi-token-prediction layers live on this stage.
     """
     from megatron.core import parallel_state
@@ -76,7 +83,8 @@ def read_batch(
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
         **cu_seqlens_argument,
     )
-    return core_utils.flatten_batch_for_packed_sequences(batch) if packed else batch
+    join = getattr(core_utils, "flatten_batch_for_packed_sequences", None)
+    return join(batch) if packed and join is not None else batch
 
 
 def count_document_tokens(cu_seqlens: Any) -> None:
@@ -88,11 +96,15 @@ def count_document_tokens(cu_seqlens: Any) -> None:
         count(cu_seqlens)
 
 
-def slice_batch_for_context_parallelism(batch: dict[str, Any], *, packed: bool) -> dict[str, Any]:
+def slice_batch_for_context_parallelism(batch: dict[str, Any], *, whole: bool) -> dict[str, Any]:
     """The part of every sequence that belongs to this context-parallel rank.
 
-    0.17 takes the batch alone; 0.18 routes between several ways of cutting and 0.19 must be told that
-    documents inside a sequence do not matter to the cut.
+    0.17 takes the batch alone; 0.18 and later cut every document when the batch says where documents end,
+    unless 0.19 is told not to.
+
+    Args:
+        batch: tensors ``[b, s]`` and the boundaries of documents, if any.
+        whole: cut whole sequences, whatever documents are in them.
     """
     from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
@@ -101,6 +113,6 @@ def slice_batch_for_context_parallelism(batch: dict[str, Any], *, packed: bool) 
         "is_hybrid_cp": False,
         "cp_group": parallel_state.get_context_parallel_group(),
         "hybrid_cp_group_func": None,
-        "use_per_sequence_balancing": packed,
+        "use_per_sequence_balancing": whole,
     }
     return get_batch_on_this_cp_rank(batch, **known_parameters(get_batch_on_this_cp_rank, routing))
