@@ -78,9 +78,10 @@ def _compile_nothing() -> None:
 def _patch_megatron() -> None:
     """Apply every patch of Megatron, in no particular order."""
     from megatron_fope import compat
-    from megatron_fope.cpu import attention, norm, optimizer
+    from megatron_fope.cpu import attention, norm, optimizer, saving
 
     _use_cpu_generator()
+    _start_data_loaders_without_randomness()
     if compat.has_training_loop():
         _allow_no_cuda()
         _skip_jit_warm_up()
@@ -89,6 +90,7 @@ def _patch_megatron() -> None:
     norm.install()
     attention.install()
     optimizer.install()
+    saving.install()
     compat.use_prebuilt_dataset_helpers()
     compat.repair_checkpoint_metadata_reader()
     compat.define_missing_router_kernel()
@@ -112,6 +114,24 @@ def _use_cpu_generator() -> None:
 
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
+
+
+def _start_data_loaders_without_randomness() -> None:
+    """Leave the random state alone when a data loader starts.
+
+    It draws a seed for its workers from the CPU generator, which is the one that dropout uses here. A run
+    that resumes starts its loaders after it has restored the random state, and would go on with other
+    numbers than the run that it continues.
+    """
+    import torch
+
+    start = torch.utils.data.DataLoader.__iter__
+
+    def __iter__(self: Any) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            return start(self)
+
+    torch.utils.data.DataLoader.__iter__ = __iter__
 
 
 def _recompute_on_cpu() -> None:
