@@ -101,6 +101,12 @@ def check_host_config(config: Any) -> None:
     refuse(
         "multi_latent_attention", "--multi-latent-attention", "does not support multi-latent attention yet"
     )
+    pattern = getattr(config, "hybrid_layer_pattern", None) or ""
+    for symbol in set("+D") & set(pattern):
+        raise UserError(
+            f"--hybrid-layer-pattern is {pattern!r}, but FoPE does not support multi-latent attention yet; "
+            f"allowed: a pattern without {symbol}"
+        )
     refuse("rotary_interleaved", "--rotary-interleaved", "pairs channel j with j + head_dim/2")
     refuse("apply_rope_fusion", "--apply-rope-fusion", "cannot use RoPE's fused kernel")
     refuse("fused_single_qkv_rope", "--fused-single-qkv-rope", "cannot use RoPE's fused kernel")

@@ -1,7 +1,4 @@
-"""Building Megatron's GPT model from Megatron's global arguments, in every supported release.
-
-Used by the built-in pre-training (:mod:`megatron_fope.pretrain`) and by commands that load its checkpoints.
-"""
+"""Building Megatron's GPT model from its arguments, in the releases whose wheel has no builder for it."""
 
 from __future__ import annotations
 
@@ -9,40 +6,13 @@ from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt import gpt_layer_specs as specs
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.transformer.spec_utils import import_module
-from megatron.training import get_args, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
 
 from megatron_fope import compat
-from megatron_fope.errors import UserError
-
-_UNSUPPORTED = {
-    "sft": "--sft",
-    "fim_data": "--fim-data",
-    "perform_rl_step": "--perform-rl-step",
-    "logits_load_dir": "--logits-load-dir",
-    "hybrid_context_parallel": "--hybrid-context-parallel",
-    "use_legacy_models": "--use-legacy-models",
-}
 
 
-def check_args(args: Any) -> None:
-    """Refuse what only Megatron-LM's own script implements.
-
-    Raises:
-        UserError: such a flag was given.
-    """
-    for name, flag in _UNSUPPORTED.items():
-        if getattr(args, name, None):
-            raise UserError(
-                f"{flag} is not part of the built-in pre-training; give the path of Megatron-LM's "
-                "pretrain_gpt.py instead of 'pretrain'"
-            )
-
-
-def _transformer_config(args: Any) -> Any:
+def transformer_config(args: Any) -> Any:
     """Megatron's ``TransformerConfig`` for these arguments (or the YAML file they name)."""
     if args.yaml_cfg is not None:
         from megatron.training.yaml_arguments import core_transformer_config_from_yaml
@@ -51,8 +21,13 @@ def _transformer_config(args: Any) -> Any:
     return core_transformer_config_from_args(args)
 
 
-def _uniform_layer_spec(config: Any) -> Any:
-    """The spec of one decoder layer, when all layers are alike."""
+def uniform_layer_spec(config: Any, *, num_experts: int | None) -> Any:
+    """The spec of one decoder layer, when all layers are alike.
+
+    Args:
+        config: ``TransformerConfig``.
+        num_experts: None for a dense layer.
+    """
     if config.transformer_impl == "inference_optimized":
         return specs.get_gpt_layer_with_inference_spec(
             config.qk_layernorm, config.multi_latent_attention, qk_l2_norm=config.qk_l2_norm
@@ -61,7 +36,7 @@ def _uniform_layer_spec(config: Any) -> Any:
         build = specs.get_gpt_layer_with_transformer_engine_spec
     else:
         build = specs.get_gpt_layer_local_spec
-    options = {"num_experts": config.num_moe_experts}
+    options: dict[str, Any] = {"num_experts": num_experts}
     options |= {
         name: getattr(config, name)
         for name in (
@@ -109,7 +84,7 @@ def _decoder_spec(args: Any, config: Any, vp_stage: int | None) -> Any:
         from megatron.core.models.gpt.heterogeneous import heterogeneous_layer_specs
 
         return heterogeneous_layer_specs.get_gpt_heterogeneous_layer_spec(config, use_te)
-    return _uniform_layer_spec(config)
+    return uniform_layer_spec(config, num_experts=config.num_moe_experts)
 
 
 def _mtp_spec(args: Any, config: Any, decoder_spec: Any, vp_stage: int | None) -> Any:
@@ -119,7 +94,7 @@ def _mtp_spec(args: Any, config: Any, decoder_spec: Any, vp_stage: int | None) -
     use_te = config.transformer_impl == "transformer_engine"
     if getattr(decoder_spec, "layer_specs", None) == []:
         # A pipeline stage may hold the prediction block and no decoder layer at all.
-        layer_spec = _uniform_layer_spec(config)
+        layer_spec = uniform_layer_spec(config, num_experts=config.num_moe_experts)
     else:
         layer_spec = specs.get_gpt_decoder_layer_specs(
             config,
@@ -131,48 +106,23 @@ def _mtp_spec(args: Any, config: Any, decoder_spec: Any, vp_stage: int | None) -
     return specs.get_gpt_mtp_block_spec(config, layer_spec, use_transformer_engine=use_te, vp_stage=vp_stage)
 
 
-def model_provider(
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
-    config: Any = None,
-    pg_collection: Any = None,
-) -> GPTModel:
-    """Build one model chunk from Megatron's global arguments.
-
-    ``megatron.training.training.get_model`` takes this function as its model provider in every release.
+def build_gpt_model(args: Any, config: Any, pg_collection: Any, **chunk: Any) -> GPTModel:
+    """Build one model chunk, where Megatron has no builder.
 
     Args:
-        pre_process: the chunk starts with the embedding.
-        post_process: the chunk ends with the output layer.
-        vp_stage: index of the chunk under virtual pipeline parallelism.
-        config: a ``TransformerConfig`` to use instead of the one from the arguments.
-        pg_collection: process groups; Megatron's global ones by default.
-
-    Returns:
-        The bare model, neither in half precision nor wrapped for data parallelism.
+        args: Megatron's arguments.
+        config: a ``TransformerConfig`` to use instead of the one from the arguments, or None.
+        pg_collection: process groups.
+        **chunk: ``pre_process``, ``post_process`` and ``vp_stage``.
     """
-    args = get_args()
-    check_args(args)
-    print_rank_0("building GPT model ...")
-    if pg_collection is None:
-        pg_collection = ProcessGroupCollection.use_mpu_process_groups()
-    official = compat.build_gpt_model(
-        args, config, pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
-    )
-    if official is not None:
-        return official
-
-    config = config or _transformer_config(args)
-    decoder_spec = _decoder_spec(args, config, vp_stage)
+    config = config or transformer_config(args)
+    decoder_spec = _decoder_spec(args, config, chunk["vp_stage"])
     return GPTModel(
         config=config,
         transformer_layer_spec=decoder_spec,
-        mtp_block_spec=_mtp_spec(args, config, decoder_spec, vp_stage),
+        mtp_block_spec=_mtp_spec(args, config, decoder_spec, chunk["vp_stage"]),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
-        pre_process=pre_process,
-        post_process=post_process,
         fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
         parallel_output=True,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
@@ -180,17 +130,6 @@ def model_provider(
         rotary_percent=args.rotary_percent,
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
-        vp_stage=vp_stage,
         pg_collection=pg_collection,
+        **chunk,
     )
-
-
-def embedding_ranks(pp_ranks: list[int]) -> list[int]:
-    """The ranks of a pipeline that hold a copy of the word embedding."""
-    args = get_args()
-    ranks = {pp_ranks[0]}
-    if len(pp_ranks) > 1:
-        if not args.untie_embeddings_and_output_weights:
-            ranks.add(pp_ranks[-1])
-        ranks.update(get_mtp_ranks(pp_ranks, core_transformer_config_from_args(args)))
-    return sorted(ranks)

@@ -1,9 +1,9 @@
-"""GPT pre-training on the ``megatron.training`` of an installed Megatron-Core wheel.
+"""Pre-training of GPT and hybrid models on the ``megatron.training`` of an installed Megatron-Core wheel.
 
-Wheels carry the training loop but no ``pretrain_gpt.py``. :func:`main` is that missing script: the same
-flags, data sets, batches, losses and model as Megatron-LM's. The pieces are public, so that other commands
-can build the same model and feed it the same batches: :func:`model_provider`, :func:`forward_step`,
-:func:`datasets_provider`.
+Wheels carry the training loop but no ``pretrain_gpt.py`` and no ``pretrain_hybrid.py``. :func:`main` is both:
+the same flags, data sets, batches, losses and models as Megatron-LM's; ``--hybrid-layer-pattern`` makes the
+model a hybrid one. The pieces are public, so that other commands can build the same model and feed it the
+same batches: :func:`model_provider`, :func:`forward_step`, :func:`datasets_provider`.
 
 Nothing here knows about position embeddings; a launcher registers those before it calls :func:`main`.
 """
@@ -22,7 +22,7 @@ from megatron.training import get_args, get_timers, inprocess_restart, pretrain,
 
 from megatron_fope import compat
 from megatron_fope.gpt_data import datasets_provider, get_batch
-from megatron_fope.gpt_model import check_args, embedding_ranks, model_provider
+from megatron_fope.model import builder_config, check_args, embedding_ranks, model_provider
 
 __all__ = [
     "check_args",
@@ -107,7 +107,7 @@ def forward_step(
 
 
 def main() -> None:
-    """Pre-train a GPT model as Megatron's flags on the command line say.
+    """Pre-train a model as Megatron's flags on the command line say.
 
     Raises:
         UserError: a flag is not part of the built-in pre-training.
@@ -123,6 +123,7 @@ def main() -> None:
         model_provider=model_provider,
         forward_step=forward_step,
         check_args=check_args,
+        builder_config=builder_config,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
         store=store,
         get_embedding_ranks=embedding_ranks,

@@ -1,6 +1,6 @@
 """``register()`` and ``unregister()``: the flag in a Megatron that knows nothing of FoPE.
 
-Seven symbols of Megatron are wrapped, each by one function below. Importing this module changes nothing,
+Eight symbols of Megatron are wrapped, each by one function below. Importing this module changes nothing,
 every wrapper calls the original, and ``unregister()`` puts the originals back.
 """
 
@@ -30,7 +30,7 @@ from megatron_fope.arguments import (
 )
 from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError, exit_on_user_error
-from megatron_fope.report import LayerReport, assert_fope_active, describe
+from megatron_fope.report import assert_fope_active, describe, layer_list
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ _config: FoPEConfig | None = None
 _announced = False
 _validating: Any = None
 """The arguments that Megatron is shown as ``rope`` right now."""
+_building: Any = None
+"""The model with FoPE whose constructor runs right now."""
 
 
 def register(config: FoPEConfig | None = None) -> None:
@@ -111,12 +113,14 @@ def is_registered() -> bool:
 
 
 def _targets() -> list[tuple[Any, str, Callable[[Callable], Callable]]]:
+    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.training import arguments, checkpointing
 
     targets: list[tuple[Any, str, Callable[[Callable], Callable]]] = [
         (arguments, "add_megatron_arguments", _wrap_add_arguments),
         (arguments, "_print_args", _wrap_print_args),
         (checkpointing, "_load_base_checkpoint", _wrap_load_base_checkpoint),
+        (LanguageModelEmbedding, "__init__", _wrap_embedding),
     ]
     for module in compat.modules_that_import("validate_args", arguments):
         targets.append((module, "validate_args", _wrap_validate_args))
@@ -209,14 +213,37 @@ def _wrap_model(spec_arguments: tuple[str, ...], original: Callable) -> Callable
             return
         from megatron_fope.spec import with_fope
 
+        global _building
         config = _config or _config_from_global_args()
         with exit_on_user_error():
             for name in spec_arguments:
                 if bound.arguments.get(name) is not None:
                     bound.arguments[name] = with_fope(bound.arguments[name], config)
-            original(*bound.args, **bound.kwargs)
+            outer, _building = _building, self
+            try:
+                original(*bound.args, **bound.kwargs)
+            finally:
+                _building = outer
         if describe(self):  # a pipeline stage may hold no attention layer
-            _announce(assert_fope_active(self)[0])
+            assert_fope_active(self)
+            _announce(self)
+
+    return __init__
+
+
+def _wrap_embedding(original: Callable) -> Callable:
+    """All of Megatron's language models look tokens up here; those without FoPE must not take the type."""
+    signature = inspect.signature(original)
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs).arguments.get("position_embedding_type")
+        if given == FOPE and _building is None:
+            with exit_on_user_error():
+                raise UserError(
+                    "--position-embedding-type is 'fope', but this model is neither GPTModel nor HybridModel "
+                    "and would train without positions; allowed: those two"
+                )
+        original(self, *args, **kwargs)
 
     return __init__
 
@@ -233,11 +260,13 @@ def _config_from_global_args() -> FoPEConfig:
         ) from None
 
 
-def _announce(report: LayerReport) -> None:
+def _announce(model: Any) -> None:
     """Say once, on rank 0, what was built and which implementation runs."""
     global _announced
     if _announced or os.environ.get("RANK", "0") != "0":
         return
     _announced = True
+    report = describe(model)[0]
     print(f"> FoPE: {report.summary()}", flush=True)
     print(f"> FoPE: queries and keys are rotated by: {report.path}", flush=True)
+    print(f"> FoPE: {layer_list(model)}", flush=True)

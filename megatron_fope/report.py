@@ -119,3 +119,53 @@ def assert_fope_active(model: torch.nn.Module | Iterable[torch.nn.Module]) -> li
     if not reports:
         raise RuntimeError("the model has no self-attention layer")
     return reports
+
+
+def layer_list(model: torch.nn.Module | Iterable[torch.nn.Module]) -> str:
+    """One line for logs: which layers have FoPE, and which have no position embedding on purpose.
+
+    Args:
+        model: as for :func:`describe`.
+
+    Returns:
+        For example ``6 attention layers: decoder 1-4, mtp 1-2; not rotated (--no-rope-freq): decoder 4``.
+        Layers that mix tokens without any position embedding, with RoPE as well (linear attention, Mamba,
+        cross-attention), are counted behind them.
+    """
+    reports = [report for report in describe(model) if report.fope is not None]
+    still = [report for report in reports if not report.rotates]
+    text = f"{len(reports)} attention layers: {_layer_numbers(reports)}"
+    if still:
+        text += f"; not rotated (--no-rope-freq): {_layer_numbers(still)}"
+    others = _layers_without_positions(model)
+    if others:
+        text += "; without positions, as with RoPE: " + ", ".join(f"{n} {name}" for name, n in others.items())
+    return text
+
+
+def _layer_numbers(reports: list[LayerReport]) -> str:
+    """``decoder 1-4, mtp 1``: Megatron's layer numbers by stack, runs shortened."""
+    numbers: dict[str, list[int]] = {}
+    for report in reports:
+        stack = "mtp" if "mtp." in report.name else "decoder"
+        numbers.setdefault(stack, []).append(report.layer_number)
+    texts = []
+    for stack, values in numbers.items():
+        runs: list[list[int]] = []
+        for value in values:
+            if runs and value == runs[-1][-1] + 1:
+                runs[-1].append(value)
+            else:
+                runs.append([value])
+        texts += [f"{stack} " + ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)]
+    return ", ".join(texts)
+
+
+def _layers_without_positions(model: torch.nn.Module | Iterable[torch.nn.Module]) -> dict[str, int]:
+    """Classes of layers that mix tokens without position embedding, with their number."""
+    from megatron_fope import compat
+
+    classes = compat.layers_without_positions()
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    names = [type(m).__name__ for chunk in chunks for m in chunk.modules() if isinstance(m, classes)]
+    return {name: names.count(name) for name in dict.fromkeys(names)}

@@ -11,7 +11,7 @@ only for        helpers
 up to 0.17      ``count_document_tokens``, ``has_mtp_layers``, ``hybrid_stack_classes``,
                 ``hybrid_stack_spec``, ``initialize_megatron``, ``model_classes``,
                 ``modules_that_import``, ``null_tokenizer_flags``, ``token_positions``
-up to 0.18      ``gpt_builder_config``, ``known_fields``,
+up to 0.18      ``gpt_builder_config``, ``hybrid_builder_config``, ``known_fields``,
                 ``known_parameters``, ``read_batch``, ``run_pretraining``,
                 ``slice_batch_for_context_parallelism``
 0.19            ``repair_help_texts``
@@ -40,12 +40,14 @@ from megatron_fope.compat.inference import (
     token_positions,
 )
 from megatron_fope.compat.models import (
-    build_gpt_model,
+    build_model,
     define_missing_router_kernel,
     gpt_builder_config,
     has_mtp_layers,
+    hybrid_builder_config,
     hybrid_stack_classes,
     hybrid_stack_spec,
+    layers_without_positions,
     model_classes,
 )
 from megatron_fope.compat.signatures import (
@@ -68,17 +70,19 @@ from megatron_fope.compat.versions import (
 __all__ = [
     "SUPPORTED_CHECKOUTS",
     "SUPPORTED_MEGATRON",
-    "build_gpt_model",
+    "build_model",
     "count_document_tokens",
     "define_missing_router_kernel",
     "gpt_builder_config",
     "has_mtp_layers",
     "has_training_loop",
+    "hybrid_builder_config",
     "hybrid_stack_classes",
     "hybrid_stack_spec",
     "initialize_megatron",
     "known_fields",
     "known_parameters",
+    "layers_without_positions",
     "megatron_version",
     "model_classes",
     "modules_that_import",

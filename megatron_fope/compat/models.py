@@ -41,19 +41,15 @@ def has_mtp_layers(config: Any, vp_stage: int | None) -> bool:
     )
 
 
-def build_gpt_model(args: Any, config: Any, pg_collection: Any, **chunk: Any) -> Any | None:
-    """Build a model chunk with Megatron's own GPT builder (0.19 and later; earlier: None).
+def build_model(description: Any, pg_collection: Any, **chunk: Any) -> Any:
+    """Build a model chunk with Megatron's own builder (0.19 and later).
 
     Args:
-        args: Megatron's arguments.
-        config: a ``TransformerConfig``, or None for the one that the arguments describe.
+        description: as from :func:`gpt_builder_config` or :func:`hybrid_builder_config`.
         pg_collection: process groups.
         chunk: ``pre_process``, ``post_process`` and ``vp_stage``.
     """
-    model_config = gpt_builder_config(args, config)
-    if model_config is None:
-        return None
-    return model_config.get_builder_cls()(model_config).build_model(pg_collection, **chunk)
+    return description.get_builder_cls()(description).build_model(pg_collection, **chunk)
 
 
 def gpt_builder_config(args: Any, config: Any = None) -> Any | None:
@@ -66,6 +62,18 @@ def gpt_builder_config(args: Any, config: Any = None) -> Any | None:
     except ImportError:
         return None
     return gpt_config_from_args(args, config)
+
+
+def hybrid_builder_config(args: Any, config: Any = None) -> Any | None:
+    """Megatron's own description of a hybrid model.
+
+    None before 0.19; 0.18 has one, but trains from a model provider like 0.17.
+    """
+    try:
+        from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args  # noqa: F401
+    except ImportError:
+        return None
+    return hybrid_config_from_args(args, config)
 
 
 def hybrid_stack_spec() -> Any | None:
@@ -108,3 +116,15 @@ def define_missing_router_kernel() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def layers_without_positions() -> tuple[type, ...]:
+    """Layers that mix tokens and get no position embedding from Megatron, whatever its type.
+
+    Cross-attention, Mamba and linear attention.
+    """
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+    from megatron.core.ssm.mamba_mixer import MambaMixer
+    from megatron.core.transformer.attention import CrossAttention
+
+    return (CrossAttention, MambaMixer, GatedDeltaNet)

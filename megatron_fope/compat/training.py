@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from megatron_fope.compat.models import gpt_builder_config
-
 
 def run_pretraining(
     pretrain: Callable,
@@ -16,6 +14,7 @@ def run_pretraining(
     model_provider: Callable,
     forward_step: Callable,
     check_args: Callable[[Any], None],
+    builder_config: Callable[[Any], Any | None],
     args_defaults: dict[str, Any],
     **options: Any,
 ) -> None:
@@ -30,6 +29,7 @@ def run_pretraining(
         model_provider: builds one model chunk.
         forward_step: runs one micro-batch.
         check_args: called with the parsed arguments; in 0.17 the providers must call it themselves.
+        builder_config: Megatron's own description of the model for the parsed arguments, or None.
         args_defaults: defaults for arguments that have none.
         options: further keyword arguments of ``pretrain``.
     """
@@ -53,7 +53,7 @@ def run_pretraining(
 
     args = parse(args_defaults=args_defaults)
     check_args(args)
-    model_config = gpt_builder_config(args)
+    model_config = builder_config(args)
     if model_config is None:
         options["model_provider"] = model_provider
     pretrain(

@@ -1,4 +1,4 @@
-"""Sequence parallelism for Megatron's plain PyTorch norm."""
+"""Megatron's plain PyTorch norm under sequence parallelism, and in the place of Transformer Engine's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,26 @@ import torch
 
 
 def install() -> None:
+    """Let ``WrappedTorchNorm`` do all norms."""
+    _allow_sequence_parallelism()
+    _end_hybrid_stacks()
+
+
+def _end_hybrid_stacks() -> None:
+    """Give hybrid stacks a final norm: Transformer Engine's is named in the code and not in the spec.
+
+    0.17 calls the module ``megatron.core.ssm.mamba_block``.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    try:
+        from megatron.core.models.hybrid import hybrid_block
+    except ImportError:
+        from megatron.core.ssm import mamba_block as hybrid_block
+    hybrid_block.TENorm = WrappedTorchNorm
+
+
+def _allow_sequence_parallelism() -> None:
     """Let ``WrappedTorchNorm`` be built under ``--sequence-parallel``.
 
     It refuses only because it does not mark its parameters: each tensor-parallel rank normalises its

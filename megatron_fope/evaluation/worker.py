@@ -79,7 +79,7 @@ def load_model(checkpoint: str) -> list[Any]:
 
     from megatron_fope import compat
     from megatron_fope.checkpoint import read_checkpoint
-    from megatron_fope.gpt_model import embedding_ranks, model_provider
+    from megatron_fope.model import embedding_ranks, model_provider
 
     compat.use_prebuilt_dataset_helpers()
     compat.repair_checkpoint_metadata_reader()
