@@ -1,4 +1,4 @@
-"""FoPE's command-line flags, and how they meet Megatron's arguments and checkpoints."""
+"""FoPE's command-line flags, and how they meet Megatron's arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from megatron_fope.functional import INITIALIZATIONS
 FOPE = "fope"
 """The value of ``--position-embedding-type``."""
 
-_FIELDS = [field for field in dataclasses.fields(FoPEConfig) if field.name != "rotary_base"]
+START_FROM_ROPE = "--fope-start-from-rope"
+"""Continues a RoPE model; a choice of one run, not a setting of the model."""
+
+FIELDS = [field for field in dataclasses.fields(FoPEConfig) if field.name != "rotary_base"]
 """Every field of the configuration is a flag ``--fope-<field>``; the base is Megatron's ``--rotary-base``."""
 
 _PROFILE_FIELDS = tuple(next(iter(PROFILES.values())))
@@ -75,7 +78,7 @@ def add_fope_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     if flag("profile") in parser._option_string_actions:
         return parser  # registered again on top of somebody else's wrapper
     group = parser.add_argument_group("FoPE", "Fourier position embedding (--position-embedding-type fope)")
-    for field in _FIELDS:
+    for field in FIELDS:
         # argparse formats help with %; our texts contain none.
         options: dict[str, Any] = {"dest": f"fope_{field.name}", "default": None, "help": _help(field)}
         if field.type == "bool":
@@ -88,6 +91,15 @@ def add_fope_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
             options["type"] = functools.partial(_number, kind, flag(field.name))
             options["metavar"] = "X" if kind is float else "N"
         group.add_argument(flag(field.name), **options)
+    group.add_argument(
+        START_FROM_ROPE,
+        dest="fope_start_from_rope",
+        action="store_true",
+        default=None,
+        help="Accept a checkpoint of a RoPE model in --load or --pretrained-checkpoint: the coefficients are "
+        "fresh, everything else comes from it. Without effect on FoPE checkpoints, so a job that restarts "
+        "may keep it. Learnable coefficients need --no-load-optim or --finetune too.",
+    )
     return parser
 
 
@@ -115,14 +127,8 @@ def _help(field: dataclasses.Field) -> str:
 
 def given_fope_arguments(args: Any) -> dict[str, Any]:
     """The ``--fope-*`` values that were given, by field; from YAML namespaces too, where none exist."""
-    values = {field.name: getattr(args, f"fope_{field.name}", None) for field in _FIELDS}
+    values = {field.name: getattr(args, f"fope_{field.name}", None) for field in FIELDS}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def position_type_if_given(args: Any) -> str | None:
-    """``--position-embedding-type``, or None when it has Megatron's default and may not have been given."""
-    value = getattr(args, "position_embedding_type", None)
-    return None if value == "learned_absolute" else value
 
 
 def fope_config_from_args(args: Any) -> FoPEConfig:
@@ -161,7 +167,7 @@ def resolve_fope_arguments(args: Any, config: FoPEConfig | None = None) -> None:
         return
     config = config or fope_config_from_args(args)
     config.check_model(head_dim)
-    for field in _FIELDS:
+    for field in FIELDS:
         setattr(args, f"fope_{field.name}", getattr(config, field.name))
     args.fope_kept_frequencies = config.d_in(head_dim)
     args.fope_clipped_frequencies = config.num_clipped(head_dim)
@@ -202,6 +208,8 @@ def check_before_megatron(args: Any) -> None:
     """
     if args.position_embedding_type != FOPE:
         given = given_fope_arguments(args)
+        if getattr(args, "fope_start_from_rope", None):
+            given["start_from_rope"] = True
         if given:
             name, value = next(iter(given.items()))
             raise UserError(
@@ -234,97 +242,69 @@ def check_before_megatron(args: Any) -> None:
             f"{args.context_parallel_size}: Megatron then cuts inside documents, where positions are not "
             "defined; allowed: --context-parallel-size 1"
         )
+    _check_layout(args)
 
 
-def adopt_checkpoint_arguments(args: Any, checkpoint_args: Any, where: str, asked: str | None) -> None:
-    """``--use-checkpoint-args``: take FoPE's settings from a checkpoint.
+def _check_layout(args: Any) -> None:
+    """Refuse a parallel layout into which the model, the batch or the number of processes does not divide."""
 
-    Args:
-        args: Megatron's arguments, changed in place.
-        checkpoint_args: the arguments stored in the checkpoint.
-        where: its folder, for messages.
-        asked: ``--position-embedding-type`` before Megatron overwrote it from the checkpoint.
+    def size(name: str) -> int:
+        return getattr(args, name, None) or 1
 
-    Raises:
-        UserError: a flag that was given and says something else.
-    """
-    check_position_type(asked, checkpoint_args, where)
-    if getattr(checkpoint_args, "position_embedding_type", None) != FOPE:
-        return
-    given = given_fope_arguments(args)
-    for field in _FIELDS:
-        stored = getattr(checkpoint_args, f"fope_{field.name}", None)
-        if stored is None:
-            continue
-        value = given.get(field.name, stored)
-        if value != stored and field.name == "learnable" and args.finetune:
-            continue  # keep what was asked for: a new run may start or stop learning
-        if value != stored and field.name not in FoPEConfig.FRESH_ONLY:
-            _refuse_difference(flag(field.name), value, stored, where)
-        setattr(args, f"fope_{field.name}", stored)
+    def require(ok: bool, name: str, allowed: str) -> None:
+        if not ok:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: {allowed}")
 
-
-def check_against_checkpoint(args: Any, checkpoint_args: Any, where: str) -> None:
-    """Refuse to load coefficients that other settings made.
-
-    Args:
-        args: Megatron's validated arguments.
-        checkpoint_args: the arguments stored in the checkpoint.
-        where: its folder, for messages.
-
-    Raises:
-        UserError: naming the flag and both values.
-    """
-    check_position_type(args.position_embedding_type, checkpoint_args, where)
-    if args.position_embedding_type != FOPE:
-        return
-    config = fope_config_from_args(args)
-    stored_config = fope_config_from_args(_with_defaults(checkpoint_args, args))
-    differences = config.differences(stored_config)
-    if args.finetune:
-        differences.pop("learnable", None)  # a new run may start or stop learning; the numbers are the same
-    if differences and config.profile != stored_config.profile:
-        _refuse_difference("--fope-profile", config.profile, stored_config.profile, where)
-    for field, (value, stored) in differences.items():
-        _refuse_difference("--rotary-base" if field == "rotary_base" else flag(field), value, stored, where)
-    shapes = {
-        "kv_channels": "--kv-channels",
-        "fope_kept_frequencies": "number of kept frequencies",
-        "fope_series": "number of Fourier series",
-    }
-    values = [
-        (text, getattr(args, name, None), getattr(checkpoint_args, name, None))
-        for name, text in shapes.items()
-    ]
-    values.append(("--num-query-groups", _num_kv_heads(args), _num_kv_heads(checkpoint_args)))
-    for text, value, stored in values:
-        if value is not None and stored is not None and value != stored:
-            _refuse_difference(text, value, stored, where)
-
-
-def check_position_type(asked: str | None, checkpoint_args: Any, where: str) -> None:
-    """Refuse a RoPE checkpoint in a FoPE run and the other way round.
-
-    Raises:
-        UserError: naming both types.
-    """
-    stored = getattr(checkpoint_args, "position_embedding_type", None)
-    if stored is not None and asked is not None and asked != stored and FOPE in (asked, stored):
-        _refuse_difference("--position-embedding-type", asked, stored, where)
-
-
-def _num_kv_heads(args: Any) -> int | None:
-    """Megatron leaves ``num_query_groups`` at 1 without ``--group-query-attention`` and ignores it."""
-    grouped = getattr(args, "group_query_attention", False)
-    return getattr(args, "num_query_groups" if grouped else "num_attention_heads", None)
-
-
-def _with_defaults(checkpoint_args: Any, args: Any) -> argparse.Namespace:
-    """A checkpoint's arguments, completed by the run's where an older one lacks a name."""
-    return argparse.Namespace(
-        **{"rotary_base": args.rotary_base, "seq_length": None, **vars(checkpoint_args)}
+    tensor, pipeline = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size")
+    context, expert = size("context_parallel_size"), size("expert_model_parallel_size")
+    model = tensor * pipeline * context
+    world = getattr(args, "world_size", None) or model
+    if world % model:
+        raise UserError(
+            f"--tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {pipeline} x "
+            f"--context-parallel-size {context} takes {model} ranks, but WORLD_SIZE is {world}"
+        )
+    heads = args.num_attention_heads or tensor
+    groups = args.num_query_groups if getattr(args, "group_query_attention", False) else heads
+    require(
+        heads % tensor == 0, "tensor_model_parallel_size", f"a divisor of the {heads} --num-attention-heads"
     )
-
-
-def _refuse_difference(name: str, value: Any, stored: Any, where: str) -> None:
-    raise UserError(f"{name} is {value!r}, but the checkpoint in {where} was trained with {stored!r}")
+    require(
+        groups % tensor == 0 or tensor % groups == 0,
+        "tensor_model_parallel_size",
+        f"a divisor or a multiple of the {groups} --num-query-groups",
+    )
+    layers = args.num_layers or pipeline
+    uneven = any(
+        getattr(args, name, None)
+        for name in (
+            "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers",
+            "account_for_embedding_in_pipeline_split",
+            "account_for_loss_in_pipeline_split",
+            "pipeline_model_parallel_layout",
+        )
+    )
+    require(
+        uneven or layers % pipeline == 0,
+        "pipeline_model_parallel_size",
+        f"a divisor of the {layers} --num-layers",
+    )
+    require(
+        context == 1 or args.seq_length % (2 * context) == 0,
+        "context_parallel_size",
+        f"twice of it must divide the {args.seq_length} tokens of --seq-length",
+    )
+    experts = getattr(args, "num_experts", None) or expert
+    require(experts % expert == 0, "expert_model_parallel_size", f"a divisor of the {experts} --num-experts")
+    replicas = world // model
+    flexible = any(
+        getattr(args, name, None)
+        for name in ("rampup_batch_size", "step_batch_size_schedule", "decrease_batch_size_if_needed")
+    )
+    if args.global_batch_size and args.micro_batch_size and not flexible:
+        require(
+            args.global_batch_size % (args.micro_batch_size * replicas) == 0,
+            "global_batch_size",
+            f"a multiple of --micro-batch-size {args.micro_batch_size} times {replicas} data-parallel ranks",
+        )

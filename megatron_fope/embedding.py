@@ -20,6 +20,9 @@ from megatron_fope.rotation import rotate
 ROTATION_PATH = "PyTorch, float32 arithmetic"
 """Which implementation rotates queries and keys; there is one so far."""
 
+KEEP = object()
+"""In place of a coefficient tensor in a state dict: loading it keeps the numbers that the module has."""
+
 
 class FourierEmbedding(MegatronModule):
     """FoPE for one attention layer, under any tensor-parallel layout.
@@ -71,6 +74,12 @@ class FourierEmbedding(MegatronModule):
 
     def _own_tensors(self) -> list[tuple[str, Tensor]]:
         return [*self._parameters.items(), *self._buffers.items()]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for name in self.coefficient_names:
+            if state_dict.get(prefix + name) is KEEP:
+                state_dict[prefix + name] = getattr(self, name).detach()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def coefficients(self) -> dict[str, Tensor]:
         """This rank's share: ``{name: [local KV heads, D_in, D_out]}`` (``[D_in, D_out]`` when heads share).

@@ -20,14 +20,17 @@ from megatron_fope import compat
 from megatron_fope.arguments import (
     FOPE,
     add_fope_arguments,
-    adopt_checkpoint_arguments,
-    check_against_checkpoint,
     check_before_megatron,
     check_command_line,
     fope_config_from_args,
-    position_type_if_given,
     resolve_fope_arguments,
 )
+from megatron_fope.checkpoint_arguments import (
+    adopt_checkpoint_arguments,
+    check_start,
+    position_type_if_given,
+)
+from megatron_fope.checkpoint_loading import load_base_checkpoint
 from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError, exit_on_user_error
 from megatron_fope.report import assert_fope_active, describe, layer_list
@@ -146,6 +149,7 @@ def _wrap_validate_args(original: Callable) -> Callable:
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
         with exit_on_user_error():
             check_before_megatron(args)
+            check_start(args)
             resolve_fope_arguments(args, _config)  # early, so that Megatron prints what is in force
         if args.position_embedding_type != FOPE:
             return original(args, *rest, **kwargs)
@@ -189,16 +193,15 @@ def _wrap_load_args(original: Callable) -> Callable:
 
 
 def _wrap_load_base_checkpoint(original: Callable) -> Callable:
-    """The one function through which every checkpoint's stored arguments come."""
+    """The one function through which every checkpoint's arguments and tensors come."""
+    signature = inspect.signature(original)
 
     def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        result = original(load_dir, args, *rest, **kwargs)
-        stored = result[0].get("args") if result[0] else None
-        # Before validation (--use-checkpoint-args) the arguments are not resolved yet; see _wrap_load_args.
-        if stored is not None and hasattr(args, "data_parallel_size"):
-            with exit_on_user_error():
-                check_against_checkpoint(args, stored, load_dir)
-        return result
+        options = dict(signature.bind(load_dir, args, *rest, **kwargs).arguments)
+        for name in list(options)[:2]:
+            del options[name]
+        with exit_on_user_error(any_rank=True):
+            return load_base_checkpoint(original, load_dir, args, options)
 
     return _load_base_checkpoint
 

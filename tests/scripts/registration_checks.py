@@ -321,6 +321,7 @@ def fope_is_resolved_to_plain_values() -> None:
             "clipped_frequencies": config.num_clipped(16),
             "series": config.d_out(16),
             "implementation": values["implementation"],
+            "start_from_rope": None,
         }
         assert values["implementation"] and float(args.rotary_base) == base
         assert fope_config_from_args(args) == config
@@ -368,7 +369,8 @@ def every_setting_has_a_documented_flag() -> None:
     parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     actions = parser._option_string_actions
     fields = {field.name for field in dataclasses.fields(FoPEConfig)} - {"rotary_base"}
-    assert {flag(name) for name in fields} == {o for o in actions if o.startswith("--fope-")}
+    of_the_run = {"--fope-start-from-rope"}
+    assert {flag(name) for name in fields} | of_the_run == {o for o in actions if o.startswith("--fope-")}
     configs = {name: FoPEConfig.from_profile(name, train_length=64).to_dict() for name in PROFILES}
     assert configs["paper"]["profile"] == "paper"
     elsewhere = {"train_length": "--seq-length", "num_inv_freq": "by the floor"}

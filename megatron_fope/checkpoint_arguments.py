@@ -1,0 +1,193 @@
+"""How FoPE's settings meet those that a checkpoint was trained with."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from megatron_fope.arguments import (
+    FIELDS,
+    FOPE,
+    START_FROM_ROPE,
+    fope_config_from_args,
+    given_fope_arguments,
+)
+from megatron_fope.config import FoPEConfig, flag
+from megatron_fope.errors import UserError
+
+
+def position_type_if_given(args: Any) -> str | None:
+    """``--position-embedding-type``, or None when it has Megatron's default and may not have been given."""
+    value = getattr(args, "position_embedding_type", None)
+    return None if value == "learned_absolute" else value
+
+
+def adopt_checkpoint_arguments(args: Any, checkpoint_args: Any, where: str, asked: str | None) -> None:
+    """``--use-checkpoint-args``: take FoPE's settings from a checkpoint.
+
+    Args:
+        args: Megatron's arguments, changed in place.
+        checkpoint_args: the arguments stored in the checkpoint.
+        where: its folder, for messages.
+        asked: ``--position-embedding-type`` before Megatron overwrote it from the checkpoint.
+
+    Raises:
+        UserError: a flag that was given and says something else.
+    """
+    if starts_from_rope(args, checkpoint_args, asked):
+        args.position_embedding_type = FOPE
+        return
+    check_position_type(asked, checkpoint_args, where)
+    if getattr(checkpoint_args, "position_embedding_type", None) != FOPE:
+        return
+    given = given_fope_arguments(args)
+    for field in FIELDS:
+        stored = getattr(checkpoint_args, f"fope_{field.name}", None)
+        if stored is None:
+            continue
+        value = given.get(field.name, stored)
+        if value != stored and field.name == "learnable" and args.finetune:
+            continue  # keep what was asked for: a new run may start or stop learning
+        if value != stored and field.name not in FoPEConfig.FRESH_ONLY:
+            _refuse_difference(flag(field.name), value, stored, where)
+        setattr(args, f"fope_{field.name}", stored)
+
+
+def check_start(args: Any) -> None:
+    """Refuse to continue a RoPE model that is nowhere: Megatron would start from random weights.
+
+    Raises:
+        UserError: naming the folders.
+    """
+    if args.position_embedding_type != FOPE or not getattr(args, "fope_start_from_rope", None):
+        return
+    from megatron.training.checkpointing import checkpoint_exists
+
+    folders = [args.load, getattr(args, "pretrained_checkpoint", None)]
+    if getattr(args, "non_persistent_ckpt_type", None) is None and not any(map(checkpoint_exists, folders)):
+        given = (
+            " or ".join(str(folder) for folder in folders if folder) or "--load or --pretrained-checkpoint"
+        )
+        raise UserError(f"{START_FROM_ROPE} is given, but there is no checkpoint in {given}")
+
+
+def check_against_checkpoint(args: Any, checkpoint_args: Any, where: str, *, release: bool = False) -> None:
+    """Refuse to load coefficients that other settings made, or weights of another shape.
+
+    Args:
+        args: Megatron's validated arguments.
+        checkpoint_args: the arguments stored in the checkpoint.
+        where: its folder, for messages.
+        release: it is a "release" checkpoint, of which Megatron takes the weights only.
+
+    Raises:
+        UserError: naming the flag and both values.
+    """
+    from_rope = starts_from_rope(args, checkpoint_args, args.position_embedding_type)
+    if not from_rope:
+        check_position_type(args.position_embedding_type, checkpoint_args, where)
+    if args.position_embedding_type != FOPE:
+        return
+    if from_rope:
+        _check_rope_start(args, checkpoint_args, where, release)
+    else:
+        _check_settings(args, checkpoint_args, where)
+    shapes = {
+        "kv_channels": "--kv-channels",
+        "num_attention_heads": "--num-attention-heads",
+        "fope_kept_frequencies": "number of kept frequencies",
+        "fope_series": "number of Fourier series",
+    }
+    values = [
+        (text, getattr(args, name, None), getattr(checkpoint_args, name, None))
+        for name, text in shapes.items()
+    ]
+    values.append(("--num-query-groups", _num_kv_heads(args), _num_kv_heads(checkpoint_args)))
+    for text, value, stored in values:
+        if value is not None and stored is not None and value != stored:
+            _refuse_difference(text, value, stored, where)
+
+
+def check_legacy_layout(args: Any, checkpoint_args: Any, where: str) -> None:
+    """Refuse another layout for the format that cannot change it (``--ckpt-format torch``).
+
+    Raises:
+        UserError: naming the flag and both sizes.
+    """
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        value, stored = getattr(args, name), getattr(checkpoint_args, name, None)
+        if stored is not None and value != stored:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {value}, but the checkpoint in {where} has the format torch, "
+                f"which keeps its layout; allowed: {stored} (or save it with --ckpt-format torch_dist first)"
+            )
+
+
+def check_position_type(asked: str | None, checkpoint_args: Any, where: str) -> None:
+    """Refuse a RoPE checkpoint in a FoPE run and the other way round.
+
+    Raises:
+        UserError: naming both types.
+    """
+    stored = getattr(checkpoint_args, "position_embedding_type", None)
+    if stored is not None and asked is not None and asked != stored and FOPE in (asked, stored):
+        hint = f"; {START_FROM_ROPE} continues it with fresh coefficients" if stored == "rope" else ""
+        _refuse_difference("--position-embedding-type", asked, stored, where, hint)
+
+
+def starts_from_rope(args: Any, checkpoint_args: Any, asked: str | None) -> bool:
+    """Whether the run asks to continue a RoPE checkpoint with FoPE, and this is one.
+
+    Args:
+        args: Megatron's arguments.
+        checkpoint_args: the arguments stored in the checkpoint.
+        asked: the position embedding type that the run asks for.
+    """
+    wanted = asked == FOPE and getattr(args, "fope_start_from_rope", None)
+    return bool(wanted) and getattr(checkpoint_args, "position_embedding_type", None) == "rope"
+
+
+def _check_settings(args: Any, checkpoint_args: Any, where: str) -> None:
+    config = fope_config_from_args(args)
+    stored_config = fope_config_from_args(_with_defaults(checkpoint_args, args))
+    differences = config.differences(stored_config)
+    if args.finetune:
+        differences.pop("learnable", None)  # a new run may start or stop learning; the numbers are the same
+    if differences and config.profile != stored_config.profile:
+        _refuse_difference("--fope-profile", config.profile, stored_config.profile, where)
+    for field, (value, stored) in differences.items():
+        _refuse_difference("--rotary-base" if field == "rotary_base" else flag(field), value, stored, where)
+
+
+def _check_rope_start(args: Any, checkpoint_args: Any, where: str, release: bool) -> None:
+    """Coefficients that learn need an optimizer state, which a RoPE checkpoint does not have."""
+    if not getattr(args, "fope_learnable", None):
+        return
+    without_state = (args.finetune, args.no_load_optim, getattr(checkpoint_args, "no_save_optim", False))
+    if not release and not any(without_state):
+        raise UserError(
+            f"--fope-learnable is given, but the RoPE checkpoint in {where} has no optimizer state for the "
+            "coefficients; allowed: with --no-load-optim or --finetune"
+        )
+    if getattr(args, "load_main_params_from_ckpt", False):
+        raise UserError(
+            f"--load-main-params-from-ckpt is given, but the RoPE checkpoint in {where} has no learnable "
+            "coefficients; leave it out"
+        )
+
+
+def _num_kv_heads(args: Any) -> int | None:
+    """Megatron leaves ``num_query_groups`` at 1 without ``--group-query-attention`` and ignores it."""
+    grouped = getattr(args, "group_query_attention", False)
+    return getattr(args, "num_query_groups" if grouped else "num_attention_heads", None)
+
+
+def _with_defaults(checkpoint_args: Any, args: Any) -> argparse.Namespace:
+    """A checkpoint's arguments, completed by the run's where an older one lacks a name."""
+    return argparse.Namespace(
+        **{"rotary_base": args.rotary_base, "seq_length": None, **vars(checkpoint_args)}
+    )
+
+
+def _refuse_difference(name: str, value: Any, stored: Any, where: str, hint: str = "") -> None:
+    raise UserError(f"{name} is {value!r}, but the checkpoint in {where} was trained with {stored!r}{hint}")
