@@ -8,10 +8,10 @@ import functools
 from typing import Any
 
 from megatron_fope.attention import check_host_config
-from megatron_fope.config import PADDINGS, PROFILES, SCALINGS, FoPEConfig, flag
-from megatron_fope.embedding import ROTATION_PATH
+from megatron_fope.config import IMPLEMENTATIONS, PADDINGS, PROFILES, SCALINGS, FoPEConfig, flag
 from megatron_fope.errors import UserError, exit_on_user_error
 from megatron_fope.functional import INITIALIZATIONS
+from megatron_fope.implementation import check_available
 
 FOPE = "fope"
 """The value of ``--position-embedding-type``."""
@@ -56,6 +56,8 @@ _HELP: dict[str, str] = {
     "yarn_beta_slow": "Cycles below which YaRN fully interpolates a frequency.",
     "yarn_extrapolation_factor": "Weight of YaRN's unscaled part.",
     "attention_scaling": "Factor on sin and cos (YaRN's temperature is 0.1 ln(factor) + 1).",
+    "implementation": "What rotates queries and keys: 'torch', 'triton' (NVIDIA GPUs), or 'auto', which is "
+    "Triton on a GPU where a first comparison with PyTorch agrees.",
     "exact_angles": "Angles in float64: more exact beyond 8k tokens, but unlike every published engine.",
 }
 _CHOICES = {
@@ -63,6 +65,7 @@ _CHOICES = {
     "init": INITIALIZATIONS,
     "padding": tuple(PADDINGS),
     "scaling": SCALINGS,
+    "implementation": IMPLEMENTATIONS,
 }
 
 
@@ -172,7 +175,7 @@ def resolve_fope_arguments(args: Any, config: FoPEConfig | None = None) -> None:
     args.fope_kept_frequencies = config.d_in(head_dim)
     args.fope_clipped_frequencies = config.num_clipped(head_dim)
     args.fope_series = config.d_out(head_dim)
-    args.fope_implementation = ROTATION_PATH
+    check_available(config.implementation)
 
 
 def _head_dim(args: Any) -> int | None:

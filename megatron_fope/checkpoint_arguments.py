@@ -43,7 +43,7 @@ def adopt_checkpoint_arguments(args: Any, checkpoint_args: Any, where: str, aske
     given = given_fope_arguments(args)
     for field in FIELDS:
         stored = getattr(checkpoint_args, f"fope_{field.name}", None)
-        if stored is None:
+        if stored is None or field.name in FoPEConfig.RUN_ONLY:
             continue
         value = given.get(field.name, stored)
         if value != stored and field.name == "learnable" and args.finetune:

@@ -45,6 +45,9 @@ PADDINGS = {"1,1": (1.0, 1.0), "0,1": (0.0, 1.0)}
 
 SCALINGS = ("none", "pi", "linear", "yarn", "llama3")
 
+IMPLEMENTATIONS = ("auto", "torch", "triton")
+"""What rotates queries and keys; see :func:`megatron_fope.implementation.choose`."""
+
 
 def flag(field: str) -> str:
     """The flag that sets a field: ``train_length`` -> ``--fope-train-length``."""
@@ -112,8 +115,13 @@ class FoPEConfig:
     exact_angles: bool = False
     """Angles in float64. More exact beyond 8k positions, but differs from every published engine."""
 
+    implementation: str = "auto"
+    """One of :data:`IMPLEMENTATIONS`; the numbers are the same to rounding."""
+
     FRESH_ONLY: ClassVar[frozenset[str]] = frozenset({"profile", "seed", "gain", "init"})
     """Fields that only decide what fresh coefficients are; a checkpoint brings its own."""
+    RUN_ONLY: ClassVar[frozenset[str]] = frozenset({"implementation"})
+    """Fields that belong to a run and not to the model; a checkpoint's are not looked at."""
 
     @classmethod
     def from_profile(cls, profile: str = "paper", *, train_length: int, **overrides: Any) -> FoPEConfig:
@@ -146,10 +154,11 @@ class FoPEConfig:
     def differences(self, other: FoPEConfig) -> dict[str, tuple[Any, Any]]:
         """Fields in which two configurations differ: ``{field: (self's value, other's value)}``.
 
-        :data:`FRESH_ONLY` does not count.
+        :data:`FRESH_ONLY` and :data:`RUN_ONLY` do not count.
         """
         mine, theirs = self.to_dict(), other.to_dict()
-        return {k: (mine[k], theirs[k]) for k in mine if k not in self.FRESH_ONLY and mine[k] != theirs[k]}
+        ignored = self.FRESH_ONLY | self.RUN_ONLY
+        return {k: (mine[k], theirs[k]) for k in mine if k not in ignored and mine[k] != theirs[k]}
 
     @property
     def pad(self) -> tuple[float, float]:
@@ -312,6 +321,12 @@ class FoPEConfig:
             "--fope-init",
             self.init,
             ", ".join(functional.INITIALIZATIONS),
+        )
+        require(
+            self.implementation in IMPLEMENTATIONS,
+            "--fope-implementation",
+            self.implementation,
+            ", ".join(IMPLEMENTATIONS),
         )
         require(self.padding in PADDINGS, "--fope-padding", self.padding, ", ".join(PADDINGS))
         require(self.scaling in SCALINGS, "--fope-scaling", self.scaling, ", ".join(SCALINGS))

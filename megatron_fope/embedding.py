@@ -12,10 +12,10 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_fope import functional
+from megatron_fope import functional, implementation
 from megatron_fope.config import FoPEConfig
 from megatron_fope.positions import local_positions
-from megatron_fope.rotation import rotate
+from megatron_fope.sharing import representative
 
 ROTATION_PATH = "PyTorch, float32 arithmetic"
 """Which implementation rotates queries and keys; there is one so far."""
@@ -81,13 +81,18 @@ class FourierEmbedding(MegatronModule):
                 state_dict[prefix + name] = getattr(self, name).detach()
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def coefficients(self) -> dict[str, Tensor]:
+    def coefficients(self, *, shared: bool = False) -> dict[str, Tensor]:
         """This rank's share: ``{name: [local KV heads, D_in, D_out]}`` (``[D_in, D_out]`` when heads share).
 
         Learnable coefficients get the sum of all tensor-parallel ranks' gradients, because every rank
         holds all heads but only its own heads produce a gradient.
+
+        Args:
+            shared: where layers share coefficients, return the same memory for all of them.
         """
         local = {name: getattr(self, name) for name in self.coefficient_names}
+        if shared and self.fope.shared_layers:
+            local = {name: representative(value) for name, value in local.items()}
         tp_size = self.tp_group.size() if self.tp_group is not None else 1
         if tp_size == 1:
             return local
@@ -131,7 +136,9 @@ class FourierEmbedding(MegatronModule):
         sin_basis, cos_basis = self._basis(
             query, cp_group, packed_seq_params, inference_context, sequence_len_offset
         )
-        return rotate(query, key, sin_basis, cos_basis, self.coefficients(), self.fope)
+        chosen = implementation.choose(self.fope.implementation, query.device)
+        coefficients = self.coefficients(shared=chosen.keeps_tables)
+        return chosen.rotate(query, key, sin_basis, cos_basis, coefficients, self.fope)
 
     def _basis(
         self, query: Tensor, cp_group: Any, packed: Any, context: Any, offset: Tensor | None

@@ -67,7 +67,7 @@ def describe(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerRe
     from megatron.core.transformer.attention import Attention
 
     from megatron_fope.attention import FoPESelfAttention
-    from megatron_fope.embedding import ROTATION_PATH
+    from megatron_fope.implementation import choose, current_device
 
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     reports = []
@@ -94,7 +94,7 @@ def describe(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerRe
                     num_pairs=head_dim // 2,
                     num_clipped=embedding.fope.num_clipped(head_dim),
                     rotates=module.fope_rotates,
-                    path=ROTATION_PATH,
+                    path=str(choose(embedding.fope.implementation, current_device())),
                 )
             )
     return reports
