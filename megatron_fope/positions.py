@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_fope import compat
+from megatron_fope.errors import UserError
 
 
 def sequence_positions(
@@ -112,6 +113,24 @@ def inference_positions(
     return compat.token_positions(context)[:num_tokens].long()
 
 
+def _document_boundaries(packed_seq_params: Any) -> Tensor:
+    """``[documents + 1]``: where the documents of a pack start, padding included."""
+    name, cu_seqlens = "cu_seqlens_q_padded", packed_seq_params.cu_seqlens_q_padded
+    if cu_seqlens is None:
+        name, cu_seqlens = "cu_seqlens_q", packed_seq_params.cu_seqlens_q
+    if cu_seqlens is None:
+        raise UserError(
+            "PackedSeqParams of qkv_format 'thd' has neither cu_seqlens_q nor cu_seqlens_q_padded; FoPE "
+            "needs one of them to know where documents start"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise UserError(
+            f"PackedSeqParams.{name} has shape {tuple(cu_seqlens.shape)}; allowed: one dimension, number of "
+            "documents + 1"
+        )
+    return cu_seqlens
+
+
 def local_positions(
     num_tokens: int,
     *,
@@ -135,6 +154,9 @@ def local_positions(
 
     Returns:
         ``[num_tokens]`` int64.
+
+    Raises:
+        UserError: packed sequences without the lengths of their documents.
     """
     if inference_context is not None:
         return inference_positions(
@@ -147,7 +169,6 @@ def local_positions(
             cp_group = None
     cp_rank, cp_size = (cp_group.rank(), cp_group.size()) if cp_group is not None else (0, 1)
     if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-        padded = packed_seq_params.cu_seqlens_q_padded
-        cu_seqlens = packed_seq_params.cu_seqlens_q if padded is None else padded
+        cu_seqlens = _document_boundaries(packed_seq_params)
         return packed_positions(num_tokens, cu_seqlens, cp_rank=cp_rank, cp_size=cp_size)
     return sequence_positions(num_tokens, cp_rank=cp_rank, cp_size=cp_size, device=device)
