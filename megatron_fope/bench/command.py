@@ -52,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rotary.add_argument("--rotary-base", metavar="X", help="base of the frequencies")
     rotary.add_argument("--learnable", action="store_const", const=True, help="coefficients get a gradient")
     rotary.add_argument("--seconds", default="5", metavar="N", help="time per configuration (5)")
+    rotary.add_argument(
+        "--picture", action=argparse.BooleanOptionalAction, default=True, help="draw the CSV afterwards"
+    )
 
     memory = add("memory", "bytes of tables, of what the backward pass keeps, and of temporaries")
     memory.add_argument("--sequence", metavar="N,...", help="tokens S (8192,131072,1048576)")
@@ -64,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     communication.add_argument("--layout", metavar="NAME,...", help="parallel layouts, e.g. 'TP2 SP,CP2'")
 
     add("plot", "draw the pictures again from the CSV", device="")
-    add("all", "rotary, plot, memory and step, one after another: what a GPU is measured with")
+    add("all", "rotary, memory and step, one after another: what a GPU is measured with")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -106,6 +109,11 @@ def _rotary(arguments: argparse.Namespace, device: torch.device, out: Path) -> i
     seconds = whole("--seconds", getattr(arguments, "seconds", "5"))
     selected = providers.select(getattr(arguments, "provider", None))
     failures = rotary.run(cases.parse_cases(device, given), selected, device, out, seconds=seconds)
+    if getattr(arguments, "picture", True):
+        try:
+            _plot(out)
+        except UserError as error:
+            print(f"no picture: {error}")
     return 1 if failures else 0
 
 
@@ -157,12 +165,12 @@ def _plot(out: Path) -> int:
 
 def _all(arguments: argparse.Namespace, device: torch.device, out: Path) -> int:
     failed = _rotary(arguments, device, out)
-    _plot(out)
     _memory(arguments, device, out)
     # A process of its own: Megatron is initialised once, and the CPU runtime changes torch.
     command = [sys.executable, "-m", "megatron_fope", "bench", "step", "--device", device.type]
     command += ["--out", str(out), "--threads", arguments.threads]
-    return failed or subprocess.run(command).returncode
+    step = subprocess.run(command).returncode
+    return failed or step
 
 
 _BENCHMARKS = {

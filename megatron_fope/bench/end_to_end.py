@@ -82,13 +82,14 @@ def run(out: Path, *, cpu: bool, steps: int, flags: list[str]) -> None:
     vocabulary = 1024 if cpu else 32768
     model = (CPU_MODEL if cpu else GPU_MODEL).split()
     if cpu or not _has_transformer_engine():
-        model += [
-            "--transformer-impl",
-            "local",
-            "--no-persist-layer-norm",
-            "--no-gradient-accumulation-fusion",
-        ]
-        model += ["--no-rope-fusion"]
+        model += ["--transformer-impl", "local"]
+        unfused = (
+            "persist-layer-norm",
+            "gradient-accumulation-fusion",
+            "masked-softmax-fusion",
+            "rope-fusion",
+        )
+        model += [f"--no-{name}" for name in unfused]
     from megatron_fope.bench.twins import Twin, initialize
 
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all its arguments

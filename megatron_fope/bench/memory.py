@@ -200,6 +200,11 @@ def document(shared: list[Shared], layers: list[Layer], device: torch.device) ->
     ]
     call_header = ["", "coefficients, MB", "kept for backward, MB", "peak forward", "peak backward"]
     by_line = f"{facts['date']}, commit {facts['commit']}, torch {facts['torch']}, {facts['machine']}"
+    kept = ""
+    if any(row.measured > 1.05 * row.formula for row in shared):
+        kept = (
+            "\nMore than that are tables that the Triton kernels keep for coefficients shared by all layers."
+        )
     return f"""\
 # Memory of position embeddings
 
@@ -211,7 +216,7 @@ Head dimension {HEAD_DIM}, rotary base {BASE:g}; 1 MB is 2^20 bytes.
 Measured: the memory that stays allocated after a layer's forward pass on the rank's tokens, and what a second
 layer adds to it (left behind, or kept for its backward pass besides its coefficients). The formula is
 2 x tokens x D_in x 4 bytes. The last column is calculated: what the published algorithm keeps in every layer,
-measured at {tokens:,} tokens with {KV_HEADS} heads (below), times the tokens of the rank.
+measured at {tokens:,} tokens with {KV_HEADS} heads (below), times the tokens of the rank.{kept}
 
 {markdown(header, rows)}
 

@@ -24,10 +24,18 @@ class Call:
         forward: returns rotated query and key, attached to the autograd graph.
         leaves: tensors that get a gradient.
         grads: gradients that arrive at query and key.
+        forget: drops what a model would not find again at the next call.
     """
 
-    def __init__(self, forward: Callable[[], Pair], leaves: tuple[Tensor, ...], grads: Pair) -> None:
+    def __init__(
+        self,
+        forward: Callable[[], Pair],
+        leaves: tuple[Tensor, ...],
+        grads: Pair,
+        forget: Callable[[], None] = lambda: None,
+    ) -> None:
         self.forward = forward
+        self.forget = forget
         self._leaves = leaves
         self._grads = grads
 
@@ -47,6 +55,8 @@ class Provider:
     """Everything that a training step does once; returns what a layer does per call."""
     missing: Callable[[Case, torch.device], str | None] = lambda case, device: None
     """Why it cannot run, or None."""
+    forget: Callable[[], None] | None = None
+    """Empties a cache that holds the tables of the last few layers; a model has more layers than that."""
     compiles: bool = False
     """Compiled anew for other sizes, so it is not called with other ones than the case's."""
 
@@ -55,7 +65,9 @@ class Provider:
         leaves = (inputs.query, inputs.key)
         if self.computes == "fope":
             leaves += inputs.learning
-        return Call(self.build(inputs), leaves, inputs.grads)
+        if self.forget is None or inputs.fope.shared_layers:
+            return Call(self.build(inputs), leaves, inputs.grads)
+        return Call(self.build(inputs), leaves, inputs.grads, self.forget)
 
 
 # FoPE -------------------------------------------------------------------------------------------------
@@ -86,6 +98,12 @@ def _triton(variant: str) -> Callable[[Inputs], Callable[[], Pair]]:
     return build
 
 
+def _forget_tables() -> None:
+    from megatron_fope.kernels import launch
+
+    launch._TABLES = type(launch._TABLES)()
+
+
 def _without_triton(case: Case, device: torch.device) -> str | None:
     try:
         from megatron_fope import kernels
@@ -111,8 +129,11 @@ def _reference(inputs: Inputs) -> Callable[[], Pair]:
 
 
 def _compiled(inputs: Inputs) -> Callable[[], Pair]:
+    import torch._dynamo
+
+    torch._dynamo.reset()  # or the code compiled for other shapes counts against a limit
     # The mixing stays outside: it is a matrix product either way, and its precision guard does not trace.
-    compiled = torch.compile(_rotate_both, fullgraph=True)
+    compiled = torch.compile(_rotate_both, fullgraph=True, dynamic=False)
     return lambda: compiled(inputs.query, inputs.key, *_tables(inputs))
 
 
@@ -158,7 +179,13 @@ def _transformer_engine(inputs: Inputs) -> Callable[[], Pair]:
 def _without_transformer_engine(case: Case, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "needs a GPU"
-    return _not_installed("transformer_engine", "'megatron-fope[te]'")
+    reason = _not_installed("transformer_engine", "'megatron-fope[te]'") or _without_megatron(case, device)
+    if reason is None:
+        from megatron.core.models.common.embeddings import rope_utils
+
+        if rope_utils.fused_apply_rotary_pos_emb is None:
+            reason = "Megatron-Core finds no fused RoPE in the installed Transformer Engine"
+    return reason
 
 
 def _flash(inputs: Inputs) -> Callable[[], Pair]:
@@ -212,8 +239,9 @@ PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider("fope-torch", "fope", _torch),
-        Provider("fope-triton-tables", "fope", _triton("tables"), _without_triton),
+        Provider("fope-triton-tables", "fope", _triton("tables"), _without_triton, _forget_tables),
         Provider("fope-triton-fused", "fope", _triton("fused"), _without_triton),
+        Provider("fope-triton-tf32x3", "fope", _triton("fused_tf32x3"), _without_triton),
         Provider("fope-compiled", "fope", _compiled, compiles=True),
         Provider("fope-reference", "fope", _reference),
         Provider("published", "fope", _published, _published_needs_equal_heads),
@@ -228,8 +256,8 @@ PROVIDERS: dict[str, Provider] = {
 ``megatron-rope``: Megatron's unfused RoPE. ``te-rope``, ``flash-rope``: fused RoPE kernels. ``copy``: query
 and key copied."""
 
-OWN = ("fope-torch", "fope-triton-tables", "fope-triton-fused")
-"""Providers that a layer of this package can use."""
+OWN = ("fope-torch", "fope-triton-tables", "fope-triton-fused", "fope-triton-tf32x3")
+"""This package's."""
 
 
 def select(text: str | None) -> list[Provider]:
