@@ -195,6 +195,23 @@ def test_everything_in_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert ran == ["rotary", "memory", "bench step --device cpu"]
 
 
+def test_only_the_rotation_runs_without_megatron(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse() -> None:
+        raise UserError("Megatron-Core is not installed")
+
+    monkeypatch.setattr(command, "require_supported_megatron", refuse)
+    monkeypatch.setattr(command, "_rotary", lambda *_: 0)
+    monkeypatch.setattr(command, "_memory", None)
+    assert cli.main(["bench", "all", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert "no memory and no step: Megatron-Core is not installed" in capsys.readouterr().out
+    for name in ("memory", "step", "communication"):
+        with pytest.raises(SystemExit):
+            cli.main(["bench", name, "--device", "cpu", "--out", str(tmp_path)])
+        assert "Megatron-Core is not installed" in capsys.readouterr().err
+
+
 @pytest.mark.launch
 def test_step_command(tmp_path: Path) -> None:
     """Real training of both twins, in a process of its own: the CPU runtime changes torch."""

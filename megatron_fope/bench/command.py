@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_fope.compat import require_supported_megatron
 from megatron_fope.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     threads = whole("--threads", arguments.threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     device = _device(arguments.device, threads)
+    if arguments.benchmark in ("memory", "step", "communication"):
+        require_supported_megatron()
     return _BENCHMARKS[arguments.benchmark](arguments, device, out)
 
 
@@ -165,6 +168,11 @@ def _plot(out: Path) -> int:
 
 def _all(arguments: argparse.Namespace, device: torch.device, out: Path) -> int:
     failed = _rotary(arguments, device, out)
+    try:
+        require_supported_megatron()
+    except UserError as error:
+        print(f"no memory and no step: {error}")
+        return failed
     _memory(arguments, device, out)
     # A process of its own: Megatron is initialised once, and the CPU runtime changes torch.
     command = [sys.executable, "-m", "megatron_fope", "bench", "step", "--device", device.type]
