@@ -1,0 +1,151 @@
+"""Real training runs that share one import of Megatron, which takes longer than training a tiny model.
+
+A server process imports everything once and forks the ranks of every run; each rank then does what
+``python -m megatron_fope`` does under ``torchrun``. Runs do not see each other: what one changes in its
+processes, a patch of Megatron for example, ends with them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Launcher:
+    """Starts runs in a server process; a context manager."""
+
+    def __enter__(self) -> Launcher:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self._server = subprocess.Popen(
+            [sys.executable, str(Path(__file__))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path},
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.stdin.close()
+        self._server.wait(timeout=60)
+
+    def run(
+        self, nproc: int, argv: list[str], log: Path, *, hook: str = "", timeout: float = 120.0
+    ) -> tuple[int, str]:
+        """Run ``python -m megatron_fope <argv>`` on a number of ranks.
+
+        When one rank fails, the others get a second to say something and are then killed, as under torchrun.
+
+        Args:
+            nproc: number of ranks.
+            argv: ``["--cpu", "pretrain", ...]``.
+            log: file for the output of all ranks.
+            hook: Python that every rank executes first.
+            timeout: seconds after which the run counts as hung.
+
+        Returns:
+            The first exit code that is not 0 (negative: a signal), else 0; and the output.
+        """
+        request = {"nproc": nproc, "argv": argv, "log": str(log), "hook": hook, "timeout": timeout}
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        answer = self._server.stdout.readline()
+        assert answer, "the server died"
+        return json.loads(answer)["code"], log.read_text(errors="replace")
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing that a library prints may mix with the answers
+    _import_megatron()
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps({"code": _run(**request)}), file=answers, flush=True)
+
+
+def _import_megatron() -> None:
+    from megatron_fope import cpu
+
+    cpu.add_argument_defaults([])
+    cpu.enable()
+    import megatron_fope.pretrain
+    import megatron_fope.registration  # noqa: F401
+
+
+def _run(nproc: int, argv: list[str], log: str, hook: str, timeout: float) -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    with open(log, "wb") as output:
+        ranks = [_fork(rank, nproc, port, argv, hook, output.fileno()) for rank in range(nproc)]
+        return _wait(ranks, time.monotonic() + timeout)
+
+
+def _fork(rank: int, nproc: int, port: int, argv: list[str], hook: str, output: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()  # killing a rank's group reaches the writers that it started
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    numbers: dict[str, Any] = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": nproc,
+        "LOCAL_WORLD_SIZE": nproc,
+    }
+    for name, value in {**numbers, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        os.environ[name] = str(value)
+    code: Any = 1
+    try:
+        exec(hook, {"__name__": "hook"})
+        from megatron_fope.cli import main
+
+        code = main(argv)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(ranks: list[int], deadline: float) -> int:
+    """Exit code of the run; no rank outlives it."""
+    running, code = set(ranks), 0
+    while running:
+        for pid in list(running):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                running.discard(pid)
+                code = code or os.waitstatus_to_exitcode(status)
+        if running and (time.monotonic() > deadline or code):
+            if code:
+                deadline = min(deadline, time.monotonic() + 1.0)
+            if time.monotonic() > deadline:
+                code = code or 124
+                for pid in running:
+                    os.killpg(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    return code
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,92 @@
+"""Real training runs of a tiny model for tests that look at checkpoints and at every bit of a loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from forks import Launcher
+from launch import ROOT, TINY_MODEL
+
+from megatron_fope.data import prepare_data
+
+FOPE = ("--position-embedding-type", "fope")
+TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+DROPOUT = ("--attention-dropout", "0.1", "--hidden-dropout", "0.1")
+
+
+@dataclass
+class Run:
+    """A finished run."""
+
+    code: int
+    log: str
+    folder: Path
+    """What ``--save`` got."""
+    events: Path
+
+    def curve(self, tag: str = "lm loss") -> dict[int, float]:
+        """What TensorBoard got of this run and those before it with the same name, every bit of it."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self.events))
+        events.Reload()
+        return {event.step: event.value for event in events.Scalars(tag)}
+
+    @property
+    def error(self) -> str:
+        """The one line of a refused run."""
+        assert self.code == 2, (self.code, self.log[-4000:])
+        (line,) = [line for line in self.log.splitlines() if line.startswith("megatron-fope: error: ")]
+        assert "Traceback" not in self.log, self.log[-6000:]
+        return line.removeprefix("megatron-fope: error: ")
+
+    def says(self, text: str) -> bool:
+        """Whether FoPE logged it, exactly once."""
+        return (
+            len([line for line in self.log.splitlines() if line.startswith("> FoPE:") and text in line]) == 1
+        )
+
+    def coefficients(self, iteration: int = 4) -> dict[str, torch.Tensor]:
+        """The coefficients of all layers as a ``torch_dist`` checkpoint holds them, by their last name."""
+        from torch.distributed import checkpoint
+
+        folder = self.folder / f"iter_{iteration:07d}"
+        entries = checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
+        names = [name for name in entries if ".fope." in name and "optimizer" not in name]
+        state = {n: torch.empty(entries[n].size, dtype=entries[n].properties.dtype) for n in names}
+        checkpoint.load(state, checkpoint_id=folder, no_dist=True)
+        return {name.rpartition(".")[2]: value for name, value in state.items()}
+
+
+class Trainer:
+    """Trains the tiny model of :mod:`launch`; the learning rate always falls over 8 iterations."""
+
+    def __init__(self, folder: Path, launcher: Launcher) -> None:
+        self.folder = folder
+        self._launcher = launcher
+        data = prepare_data(ROOT / "tests", folder / "text", include=["*.py"], show_progress=False)
+        self._flags = [flag for flag in TINY_MODEL if flag != "--mock-data"] + list(data.train_flags)
+        self._flags += ["--make-vocab-size-divisible-by", "256", "--split", "1,0,0"]
+        self._flags += ["--data-path", data.train.prefix, "--data-cache-path", str(folder / "cache")]
+        self._flags += ["--lr-decay-iters", "8", "--train-iters", "4", "--save-interval", "2"]
+
+    def run(self, name: str, *flags: str, nproc: int = 1, hook: str = "", check: bool = True) -> Run:
+        """Train; another run with the same name goes on in the same folders.
+
+        Args:
+            name: of the folder for checkpoints, events and log.
+            flags: Megatron's; later ones win.
+            nproc: number of ranks.
+            hook: see :meth:`forks.Launcher.run`.
+            check: fail if the run does.
+        """
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        events = folder / "events"
+        argv = ["--cpu", "pretrain", *self._flags, "--save", str(folder / "checkpoints")]
+        argv += ["--tensorboard-dir", str(events), "--tensorboard-log-interval", "1", *flags]
+        code, log = self._launcher.run(nproc, argv, folder / "log", hook=hook)
+        assert code == 0 or not check, log[-6000:]
+        return Run(code, log, folder / "checkpoints", events)
