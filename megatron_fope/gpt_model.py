@@ -21,18 +21,20 @@ def transformer_config(args: Any) -> Any:
     return core_transformer_config_from_args(args)
 
 
-def uniform_layer_spec(config: Any, *, num_experts: int | None) -> Any:
+def uniform_layer_spec(config: Any, *, num_experts: int | None, transformer_impl: str | None = None) -> Any:
     """The spec of one decoder layer, when all layers are alike.
 
     Args:
         config: ``TransformerConfig``.
         num_experts: None for a dense layer.
+        transformer_impl: as in ``--transformer-impl``; None takes the config's.
     """
-    if config.transformer_impl == "inference_optimized":
+    transformer_impl = transformer_impl or config.transformer_impl
+    if transformer_impl == "inference_optimized":
         return specs.get_gpt_layer_with_inference_spec(
             config.qk_layernorm, config.multi_latent_attention, qk_l2_norm=config.qk_l2_norm
         )
-    if config.transformer_impl == "transformer_engine":
+    if transformer_impl == "transformer_engine":
         build = specs.get_gpt_layer_with_transformer_engine_spec
     else:
         build = specs.get_gpt_layer_local_spec

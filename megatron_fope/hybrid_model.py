@@ -60,7 +60,8 @@ def local_stack_spec(config: Any = None) -> ModuleSpec:
         dense, experts = get_gpt_layer_local_spec(), get_gpt_layer_local_spec(num_experts=1)
     else:
         dense, experts = (
-            uniform_layer_spec(config, num_experts=n) for n in (None, config.num_moe_experts or 1)
+            uniform_layer_spec(config, num_experts=number, transformer_impl="local")
+            for number in (None, config.num_moe_experts or 1)
         )
     stack = compat.hybrid_stack_spec()
     menu, layer = stack.submodules, dense.submodules
