@@ -9,8 +9,9 @@ only for        helpers
 =============== ======================================================================================
 0.16            ``define_missing_router_kernel``; ``has_training_loop`` (its wheel)
 up to 0.17      ``count_document_tokens``, ``has_mtp_layers``, ``hybrid_stack_classes``,
-                ``hybrid_stack_spec``, ``initialize_megatron``, ``model_classes``,
-                ``modules_that_import``, ``null_tokenizer_flags``, ``token_positions``
+                ``hybrid_stack_module``, ``hybrid_stack_spec``, ``initialize_megatron``,
+                ``model_classes``, ``modules_that_import``, ``null_tokenizer_flags``,
+                ``reads_packed_batches``, ``token_positions``
 up to 0.18      ``gpt_builder_config``, ``hybrid_builder_config``, ``known_fields``,
                 ``known_parameters``, ``read_batch``, ``run_pretraining``,
                 ``slice_batch_for_context_parallelism``
@@ -46,6 +47,7 @@ from megatron_fope.compat.models import (
     has_mtp_layers,
     hybrid_builder_config,
     hybrid_stack_classes,
+    hybrid_stack_module,
     hybrid_stack_spec,
     layers_without_positions,
     model_classes,
@@ -78,6 +80,7 @@ __all__ = [
     "has_training_loop",
     "hybrid_builder_config",
     "hybrid_stack_classes",
+    "hybrid_stack_module",
     "hybrid_stack_spec",
     "initialize_megatron",
     "known_fields",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import ModuleType
 from typing import Any
 
 
@@ -91,19 +92,29 @@ def hybrid_stack_spec() -> Any | None:
     return spec
 
 
+def hybrid_stack_module() -> ModuleType | None:
+    """The module of the attention/Mamba stack; None where its parts are not installed.
+
+    0.17: ``megatron.core.ssm.mamba_block``; 0.18 and later: ``megatron.core.models.hybrid.hybrid_block``.
+    """
+    try:
+        from megatron.core.models.hybrid import hybrid_block as module
+    except ImportError:
+        try:
+            from megatron.core.ssm import mamba_block as module
+        except ImportError:
+            return None
+    return module
+
+
 def hybrid_stack_classes() -> tuple[type, ...]:
     """Modules whose spec offers layers of many kinds, of which a model uses some.
 
     0.17: ``MambaStack``; 0.18 and later: ``HybridStack``.
     """
-    try:
-        from megatron.core.models.hybrid.hybrid_block import HybridStack as Stack
-    except ImportError:
-        try:
-            from megatron.core.ssm.mamba_block import MambaStack as Stack
-        except ImportError:
-            return ()
-    return (Stack,)
+    module = hybrid_stack_module()
+    stack = getattr(module, "HybridStack", None) or getattr(module, "MambaStack", None)
+    return (stack,) if stack is not None else ()
 
 
 def define_missing_router_kernel() -> None:

@@ -15,17 +15,12 @@ def install() -> None:
 
 
 def _end_hybrid_stacks() -> None:
-    """Give hybrid stacks a final norm: Transformer Engine's is named in the code and not in the spec.
-
-    0.17 calls the module ``megatron.core.ssm.mamba_block``.
-    """
+    """Give hybrid stacks a final norm: Transformer Engine's is named in the code and not in the spec."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    try:
-        from megatron.core.models.hybrid import hybrid_block
-    except ImportError:
-        from megatron.core.ssm import mamba_block as hybrid_block
-    hybrid_block.TENorm = WrappedTorchNorm
+    from megatron_fope import compat
+
+    compat.hybrid_stack_module().TENorm = WrappedTorchNorm
 
 
 def _allow_sequence_parallelism() -> None:
