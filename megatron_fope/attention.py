@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from megatron.core.transformer.attention import SelfAttention
@@ -50,6 +51,11 @@ class FoPESelfAttention(SelfAttention):
     ) -> None:
         check_host_config(config)
         super().__init__(config, submodules, layer_number, *args, **kwargs)
+        # A hybrid model builds its multi-token-prediction layers from the decoder's spec, numbered from 1 in
+        # every depth; only their module's name (0.18 and later) tells them apart.
+        depth = re.match(r"mtp\.layers\.\d+", kwargs.get("name") or "")
+        if depth and fope_stack == "decoder":
+            fope_stack = depth[0]
         # Layers without position embedding (no_rope_freq) keep the coefficients unused: Megatron stacks
         # the layers of a checkpoint into one tensor, which needs the same keys in all of them.
         self.fope = FourierEmbedding(

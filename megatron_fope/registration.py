@@ -228,7 +228,11 @@ def _wrap_model(spec_arguments: tuple[str, ...], original: Callable) -> Callable
             finally:
                 _building = outer
         if describe(self):  # a pipeline stage may hold no attention layer
-            assert_fope_active(self)
+            with exit_on_user_error():
+                try:
+                    assert_fope_active(self)
+                except RuntimeError as error:
+                    raise UserError(f"--position-embedding-type is 'fope', but {error}") from None
             _announce(self)
 
     return __init__

@@ -129,8 +129,8 @@ def layer_list(model: torch.nn.Module | Iterable[torch.nn.Module]) -> str:
 
     Returns:
         For example ``6 attention layers: decoder 1-4, mtp 1-2; not rotated (--no-rope-freq): decoder 4``.
-        Layers that mix tokens without any position embedding, with RoPE as well (linear attention, Mamba,
-        cross-attention), are counted behind them.
+        What stands where attention could stand and has no position embedding (linear attention, Mamba,
+        cross-attention: with RoPE neither) is counted behind them.
     """
     reports = [report for report in describe(model) if report.fope is not None]
     still = [report for report in reports if not report.rotates]
@@ -139,7 +139,7 @@ def layer_list(model: torch.nn.Module | Iterable[torch.nn.Module]) -> str:
         text += f"; not rotated (--no-rope-freq): {_layer_numbers(still)}"
     others = _layers_without_positions(model)
     if others:
-        text += "; without positions, as with RoPE: " + ", ".join(f"{n} {name}" for name, n in others.items())
+        text += "; without position embedding: " + ", ".join(f"{n} {name}" for name, n in others.items())
     return text
 
 
@@ -162,10 +162,18 @@ def _layer_numbers(reports: list[LayerReport]) -> str:
 
 
 def _layers_without_positions(model: torch.nn.Module | Iterable[torch.nn.Module]) -> dict[str, int]:
-    """Classes of layers that mix tokens without position embedding, with their number."""
-    from megatron_fope import compat
+    """Classes in the place of attention that get no position embedding, with their number."""
+    from megatron.core.ssm.mamba_mixer import MambaMixer
+    from megatron.core.transformer.attention import Attention, CrossAttention
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    classes = compat.layers_without_positions()
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
-    names = [type(m).__name__ for chunk in chunks for m in chunk.modules() if isinstance(m, classes)]
+    names = []
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if isinstance(module, (CrossAttention, MambaMixer)):
+            names.append(type(module).__name__)
+        attention = module.self_attention if isinstance(module, TransformerLayer) else None
+        if attention is not None and not isinstance(attention, (Attention, IdentityOp)):
+            names.append(type(attention).__name__)
     return {name: names.count(name) for name in dict.fromkeys(names)}

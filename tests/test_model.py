@@ -10,13 +10,19 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "scripts" / "model_checks.py"
-CHECKS = re.findall(r"^def (check_\w+)", SCRIPT.read_text(), re.MULTILINE)
+SCRIPTS = Path(__file__).parent / "scripts"
+CHECKS = [
+    check
+    for file in ("model_checks.py", "spec_checks.py")
+    for check in re.findall(r"^def (check_\w+)", (SCRIPTS / file).read_text(), re.MULTILINE)
+]
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, str | None]:
-    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "model_checks.py"], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

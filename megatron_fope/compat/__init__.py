@@ -49,7 +49,6 @@ from megatron_fope.compat.models import (
     hybrid_stack_classes,
     hybrid_stack_module,
     hybrid_stack_spec,
-    layers_without_positions,
     model_classes,
 )
 from megatron_fope.compat.signatures import (
@@ -85,7 +84,6 @@ __all__ = [
     "initialize_megatron",
     "known_fields",
     "known_parameters",
-    "layers_without_positions",
     "megatron_version",
     "model_classes",
     "modules_that_import",

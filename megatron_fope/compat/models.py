@@ -127,15 +127,3 @@ def define_missing_router_kernel() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-
-
-def layers_without_positions() -> tuple[type, ...]:
-    """Layers that mix tokens and get no position embedding from Megatron, whatever its type.
-
-    Cross-attention, Mamba and linear attention.
-    """
-    from megatron.core.ssm.gated_delta_net import GatedDeltaNet
-    from megatron.core.ssm.mamba_mixer import MambaMixer
-    from megatron.core.transformer.attention import CrossAttention
-
-    return (CrossAttention, MambaMixer, GatedDeltaNet)

@@ -7,8 +7,6 @@ pytest.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import inspect
 import json
 import os
@@ -162,111 +160,6 @@ def check_describe_and_assert_fope_active() -> None:
         raise AssertionError("a RoPE model passed")
 
 
-def check_with_fope_leaves_the_original_alone() -> None:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.attention import SelfAttention
-
-    from megatron_fope import FoPESelfAttention, with_fope
-
-    spec = get_gpt_layer_local_spec()
-    before = copy.deepcopy(spec)
-    converted = with_fope(spec, fope_config())
-    assert list(iterate_modules(spec)) == list(iterate_modules(before))
-    assert spec.submodules.self_attention.module is SelfAttention
-    assert spec.submodules.self_attention.params == before.submodules.self_attention.params
-    attention = converted.submodules.self_attention
-    assert attention.module is FoPESelfAttention
-    assert attention.params["attn_mask_type"] == before.submodules.self_attention.params["attn_mask_type"]
-    assert with_fope(converted, fope_config()).submodules.self_attention.params == attention.params
-
-
-def check_with_fope_refuses_what_it_cannot_convert() -> None:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
-    from megatron_fope import UserError, with_fope
-
-    cases = {
-        "MLASelfAttention": lambda: with_fope(
-            get_gpt_layer_local_spec(multi_latent_attention=True), fope_config()
-        ),
-        "no self-attention": lambda: with_fope(get_gpt_layer_local_spec().submodules.mlp, fope_config()),
-        "other settings": lambda: with_fope(
-            with_fope(get_gpt_layer_local_spec(), fope_config()), fope_config(padding="0,1")
-        ),
-    }
-    for text, case in cases.items():
-        try:
-            case()
-        except UserError as error:
-            assert text in str(error) and "\n" not in str(error), error
-        else:
-            raise AssertionError(f"{text}: accepted")
-
-
-def check_mixture_of_experts_and_block_specs() -> None:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-
-    from megatron_fope import assert_fope_active
-
-    moe = {
-        "num_moe_experts": 2,
-        "moe_layer_freq": [0, 1],
-        "add_bias_linear": False,
-        "moe_ffn_hidden_size": 64,
-    }
-    spec = get_gpt_decoder_block_spec(transformer_config(**moe), use_transformer_engine=False)
-    model = gpt(fope_config(), spec=spec, **moe)
-    assert len(assert_fope_active(model)) == 2
-    assert run(model, *tokens()).isfinite().all()
-
-
-def check_multi_token_prediction_layers_have_their_own_coefficients() -> None:
-    import torch
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
-
-    from megatron_fope import assert_fope_active, with_fope
-
-    config = transformer_config(mtp_num_layers=1)
-    mtp = get_gpt_mtp_block_spec(config, get_gpt_layer_local_spec(), use_transformer_engine=False)
-    model = gpt(fope_config(), mtp=with_fope(mtp, fope_config()), mtp_num_layers=1)
-    assert len(assert_fope_active(model)) == 3
-    drawn = [m.fope.sin_coef for m in model.modules() if type(m).__name__ == "FoPESelfAttention"]
-    assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[i + 1 :])
-
-
-def check_hybrid_and_transformer_engine_specs_convert() -> None:
-    """Only the specs: the layers themselves need Transformer Engine."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-    from megatron.core.transformer.attention import SelfAttention
-
-    from megatron_fope import FoPESelfAttention, compat, with_fope
-
-    try:
-        te = get_gpt_layer_with_transformer_engine_spec()
-    except (ImportError, TypeError, AttributeError, NameError, AssertionError):
-        te = None  # this release cannot even describe the layer without Transformer Engine
-    specs = [spec for spec in (te, compat.hybrid_stack_spec()) if spec is not None]
-    assert specs, "neither spec could be imported"
-    for spec in specs:
-        converted = with_fope(spec, fope_config())
-        assert SelfAttention in iterate_modules(spec) and SelfAttention not in iterate_modules(converted)
-        assert FoPESelfAttention in iterate_modules(converted)
-
-
-def iterate_modules(node: Any) -> Any:
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    if isinstance(node, ModuleSpec):
-        yield node.module
-        yield from iterate_modules(node.submodules)
-    elif isinstance(node, (list, tuple)):
-        for item in node:
-            yield from iterate_modules(item)
-    elif dataclasses.is_dataclass(node) and not isinstance(node, type):
-        for field in dataclasses.fields(node):
-            yield from iterate_modules(getattr(node, field.name))
-
-
 def check_tensor_parallel_ranks_use_their_heads() -> None:
     """Every rank of TP 2, 4 and 8 on 4 KV heads: more ranks than heads share one."""
     import torch
@@ -372,100 +265,6 @@ def check_packed_layers_share_one_basis() -> None:
         functional.fourier_basis = original
 
 
-def check_cached_decoding_equals_the_full_forward() -> None:
-    """Static batching: prefill, then token by token; keys are rotated once, when they enter the cache."""
-    import contextlib
-
-    import torch
-    from megatron.core.inference.contexts import StaticInferenceContext
-
-    try:
-        from megatron.core.inference.utils import InferenceMode
-
-        inference = InferenceMode.active()
-    except ImportError:
-        inference = contextlib.nullcontext()
-    model = gpt(fope_config(gain=1.0)).eval()
-    ids, positions = tokens(length=24)
-    prompt = 15
-    with torch.no_grad():
-        whole = run(model, ids, positions)
-        with inference:
-            context = StaticInferenceContext(2, 64)
-            options = {"inference_context": context, "runtime_gather_output": True}
-            steps = [model(ids[:, :prompt], positions[:, :prompt], None, **options)[:, -1]]
-            context.increment_sequence_len_offset(prompt)
-            if hasattr(context, "enable_decode_mode"):
-                context.enable_decode_mode()
-            for t in range(prompt, 24):
-                steps.append(model(ids[:, t : t + 1], positions[:, t : t + 1], None, **options)[:, -1])
-                context.increment_sequence_len_offset(1)
-    torch.testing.assert_close(torch.stack(steps, 1), whole[:, prompt - 1 :], rtol=0, atol=5e-5)
-
-
-def check_hybrid_model_trains() -> None:
-    """Attention and MLP layers of ``HybridModel`` (0.18 and later), by the registered flag's path."""
-    import torch
-
-    try:
-        from megatron.core.models.hybrid import hybrid_block
-        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-        from megatron.core.models.hybrid.hybrid_model import HybridModel
-    except ImportError:
-        return  # 0.17, or its parts are not installed
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-
-    from megatron_fope import assert_fope_active, register, unregister
-
-    local = get_gpt_layer_local_spec().submodules
-    attention = TransformerLayerSubmodules(
-        input_layernorm=local.input_layernorm,
-        self_attention=local.self_attention,
-        self_attn_bda=local.self_attn_bda,
-    )
-    mlp = TransformerLayerSubmodules(
-        pre_mlp_layernorm=local.pre_mlp_layernorm, mlp=local.mlp, mlp_bda=local.mlp_bda
-    )
-    stack = hybrid_stack_spec.submodules
-    spec = dataclasses.replace(
-        hybrid_stack_spec,
-        submodules=dataclasses.replace(
-            stack,
-            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
-            mlp_layer=ModuleSpec(module=stack.mlp_layer.module, submodules=mlp),
-        ),
-    )
-    hybrid_block.TENorm = WrappedTorchNorm  # the final norm is hard-wired to Transformer Engine's
-    register(fope_config())
-    try:
-        names = inspect.signature(HybridModel.__init__).parameters
-        pattern = "hybrid_layer_pattern" if "hybrid_layer_pattern" in names else "hybrid_override_pattern"
-        model = HybridModel(
-            transformer_config(num_layers=4),
-            spec,
-            vocab_size=128,
-            max_sequence_length=64,
-            position_embedding_type="fope",
-            **{pattern: "*-*-"},
-        )
-    finally:
-        unregister()
-    assert [report.layer_number for report in assert_fope_active(model)] == [1, 3]
-    ids, positions = tokens()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    values = []
-    for _ in range(4):
-        loss = model(ids, positions, None, labels=ids).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        values.append(float(loss.detach()))
-    assert values[-1] < values[0] - 0.1, values
-
-
 def check_sharded_state_is_replicated_and_complete() -> None:
     model = gpt(fope_config())
     state = model.sharded_state_dict()
@@ -508,8 +307,10 @@ def check_evaluation_in_inference_mode_does_not_poison_training() -> None:
 
 def main() -> None:
     start()
+    import spec_checks
+
     results = {}
-    for name, check in list(globals().items()):
+    for name, check in [*globals().items(), *vars(spec_checks).items()]:
         if not name.startswith("check_"):
             continue
         try:
