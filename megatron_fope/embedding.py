@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_fope import functional, implementation
+from megatron_fope import compat, functional, implementation
 from megatron_fope.config import FoPEConfig
 from megatron_fope.positions import local_positions
 from megatron_fope.sharing import representative
@@ -171,25 +171,35 @@ class _BasisCache:
     Plain positions stay the same from step to step. Packed documents bring new ones with every micro-batch;
     they are recognised by the tensors of their lengths, which an entry keeps alive, and by PyTorch's count of
     writes to these, because CUDA graphs reuse their memory.
+
+    A graph that is being captured may read a basis of plain positions, which is then kept for good. It must
+    make that of packed documents itself, because it will be replayed with other lengths in the same memory.
     """
 
     def __init__(self, size: int = 4) -> None:
         self._size = size
         self._entries: OrderedDict[Any, tuple[Any, tuple[Tensor, Tensor]]] = OrderedDict()
+        self._captured: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def get(
         self, key: Any, build: Callable[[], tuple[Tensor, Tensor]], lengths: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, Tensor]:
+        capturing = _is_capturing()
         if any(t.is_inference() for t in lengths):
             return build()  # such tensors do not count their writes
         key = (key, tuple((id(t), t._version) for t in lengths))
-        if key in self._entries:
+        if key in self._entries and not (capturing and lengths):
             self._entries.move_to_end(key)
-            return self._entries[key][1]
+            basis = self._entries[key][1]
+            if capturing:
+                self._captured[key] = basis
+            return basis
         # A tensor made in inference mode could not be saved for backward by a later training step.
         with torch.inference_mode(False), torch.no_grad():
             basis = build()
-        if _is_capturing():
+        for tensor in basis:
+            compat.keep_on_device(tensor)
+        if capturing:
             return basis  # memory of a CUDA graph's private pool must not outlive the capture
         self._entries[key] = (lengths, basis)
         if len(self._entries) > self._size:

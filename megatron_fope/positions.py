@@ -66,10 +66,11 @@ def packed_positions(num_tokens: int, cu_seqlens: Tensor, *, cp_rank: int = 0, c
     starts = cu_seqlens.long() // cp_size
     token = torch.arange(num_tokens, device=cu_seqlens.device)
     document = (torch.searchsorted(starts, token, right=True) - 1).clamp(0, starts.numel() - 2)
-    local = token - starts[document]
+    start = starts.index_select(0, document)
+    local = token - start
     if cp_size == 1:
         return local
-    length = starts[document + 1] - starts[document]
+    length = starts.index_select(0, document + 1) - start
     chunk = length // 2
     last = 2 * cp_size - 1 - cp_rank
     return torch.where(local < chunk, cp_rank * chunk + local, last * chunk + local - chunk)

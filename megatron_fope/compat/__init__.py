@@ -51,6 +51,9 @@ from megatron_fope.compat.models import (
     hybrid_stack_spec,
     model_classes,
 )
+from megatron_fope.compat.offloading import (
+    keep_on_device,
+)
 from megatron_fope.compat.signatures import (
     known_fields,
     known_parameters,
@@ -82,6 +85,7 @@ __all__ = [
     "hybrid_stack_module",
     "hybrid_stack_spec",
     "initialize_megatron",
+    "keep_on_device",
     "known_fields",
     "known_parameters",
     "megatron_version",
