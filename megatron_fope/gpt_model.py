@@ -39,24 +39,21 @@ def uniform_layer_spec(config: Any, *, num_experts: int | None, transformer_impl
     else:
         build = specs.get_gpt_layer_local_spec
     options: dict[str, Any] = {"num_experts": num_experts}
-    options |= {
-        name: getattr(config, name)
-        for name in (
-            "moe_grouped_gemm",
-            "qk_layernorm",
-            "multi_latent_attention",
-            "experimental_attention_variant",
-            "normalization",
-            "qk_l2_norm",
-            "use_kitchen",
-            "use_kitchen_attention",
-            "kitchen_attention_backend",
-            "use_te_activation_func",
-            "mla_down_proj_fusion",
-            "use_grouped_gemm_for_dense_mlp",
-        )
-        if hasattr(config, name)
-    }
+    names = (
+        "moe_grouped_gemm",
+        "qk_layernorm",
+        "multi_latent_attention",
+        "experimental_attention_variant",
+        "normalization",
+        "qk_l2_norm",
+        "use_kitchen",
+        "use_kitchen_attention",
+        "kitchen_attention_backend",
+        "use_te_activation_func",
+        "mla_down_proj_fusion",
+        "use_grouped_gemm_for_dense_mlp",
+    )
+    options |= compat.known_attributes(config, names)
     if build is specs.get_gpt_layer_local_spec:
         # The local layer has no L2 norm of queries and keys; upstream leaves it at its default too.
         del options["qk_l2_norm"]

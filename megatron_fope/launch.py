@@ -28,7 +28,7 @@ def run_script(path: str, arguments: list[str], *, cpu: bool = False) -> None:
         raise UserError(f"the training script is {path!r}; allowed: an existing Python file")
     sys.path.insert(0, str(Path(path).resolve().parent))
     sys.argv = [path, *arguments]
-    prepare(cpu=cpu)
+    prepare(cpu=cpu, built_in=False)
     runpy.run_path(path, run_name="__main__")
 
 
@@ -49,11 +49,12 @@ def run_pretraining(arguments: list[str], *, cpu: bool = False) -> None:
     pretrain.main()
 
 
-def prepare(*, cpu: bool) -> None:
+def prepare(*, cpu: bool, built_in: bool = True) -> None:
     """Everything between the command line and Megatron: device, process environment, registration.
 
     Args:
         cpu: install the CPU runtime; ``sys.argv`` then gets the flags that the CPU needs.
+        built_in: the built-in training is used, not a script of Megatron-LM's.
 
     Raises:
         UserError: there is no GPU and ``cpu`` is not given, or Megatron is not supported.
@@ -65,9 +66,11 @@ def prepare(*, cpu: bool) -> None:
             raise UserError(
                 "no CUDA device is visible; put --cpu in front of the script to train on the CPU with gloo"
             )
-    from megatron_fope.compat import require_supported_megatron
+    from megatron_fope import compat
 
-    require_supported_megatron()
+    compat.require_supported_megatron()
+    if built_in:
+        compat.require_built_in_training()
     if "RANK" not in os.environ:
         _single_process_environment()
     if cpu:

@@ -388,6 +388,13 @@ def test_megatron_outside_the_supported_range(
     refused(["--cpu", "pretrain"], f"Megatron-Core {version} is installed", "<0.20", ">=0.17")
 
 
+def test_built_in_training_on_a_checkout_of_0_16(
+    refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat.versions, "megatron_version", lambda: compat.versions.Version("0.16.1"))
+    refused(["--cpu", "pretrain"], "the built-in training needs Megatron-Core >=0.17", "pretrain_gpt.py")
+
+
 @pytest.mark.parametrize("version", ["0.16.1", "0.17.0", "0.18.2", "0.19.2", "0.19.0rc1", "0.20.0"])
 def test_supported_megatron(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat.versions, "megatron_version", lambda: compat.versions.Version(version))

@@ -7,12 +7,13 @@ deleted when the oldest of them is dropped:
 =============== ======================================================================================
 only for        helpers
 =============== ======================================================================================
-0.16            ``define_missing_router_kernel``; ``has_training_loop`` (its wheel)
+0.16            ``define_missing_router_kernel``, ``require_built_in_training``; ``has_training_loop``
+                (its wheel)
 up to 0.17      ``count_document_tokens``, ``has_mtp_layers``, ``hybrid_stack_classes``,
                 ``hybrid_stack_module``, ``hybrid_stack_spec``, ``initialize_megatron``,
-                ``model_classes``, ``modules_that_import``, ``null_tokenizer_flags``,
-                ``reads_packed_batches``, ``token_positions``
-up to 0.18      ``gpt_builder_config``, ``hybrid_builder_config``, ``known_fields``,
+                ``known_attributes``, ``model_classes``, ``modules_that_import``,
+                ``null_tokenizer_flags``, ``reads_packed_batches``, ``token_positions``
+up to 0.18      ``gpt_builder_config``, ``hybrid_builder_config``, ``keep_on_device``, ``known_fields``,
                 ``known_parameters``, ``read_batch``, ``run_pretraining``,
                 ``slice_batch_for_context_parallelism``
 0.19            ``repair_help_texts``
@@ -55,6 +56,7 @@ from megatron_fope.compat.offloading import (
     keep_on_device,
 )
 from megatron_fope.compat.signatures import (
+    known_attributes,
     known_fields,
     known_parameters,
 )
@@ -67,6 +69,7 @@ from megatron_fope.compat.versions import (
     SUPPORTED_MEGATRON,
     has_training_loop,
     megatron_version,
+    require_built_in_training,
     require_megatron_core,
     require_supported_megatron,
 )
@@ -86,6 +89,7 @@ __all__ = [
     "hybrid_stack_spec",
     "initialize_megatron",
     "keep_on_device",
+    "known_attributes",
     "known_fields",
     "known_parameters",
     "megatron_version",
@@ -96,6 +100,7 @@ __all__ = [
     "reads_packed_batches",
     "repair_checkpoint_metadata_reader",
     "repair_help_texts",
+    "require_built_in_training",
     "require_megatron_core",
     "require_supported_megatron",
     "run_pretraining",

@@ -24,3 +24,11 @@ def known_parameters(function: Callable, values: dict[str, Any]) -> dict[str, An
     """
     names = inspect.signature(function).parameters
     return {name: value for name, value in values.items() if name in names}
+
+
+def known_attributes(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """The named settings that this release's ``config`` has, with their values.
+
+    ``TransformerConfig.use_grouped_gemm_for_dense_mlp`` exists from 0.18 on.
+    """
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}

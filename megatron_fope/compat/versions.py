@@ -73,3 +73,17 @@ def require_supported_megatron() -> Version:
             "or the layer spec (megatron_fope.with_fope), which needs megatron.core alone"
         )
     return version
+
+
+def require_built_in_training() -> None:
+    """Refuse releases for which only Megatron-LM's own script trains.
+
+    Raises:
+        UserError: Megatron-Core 0.16, whose ``megatron.training`` has another interface.
+    """
+    version = megatron_version()
+    if version.release < (0, 17):
+        raise UserError(
+            f"the built-in training needs Megatron-Core >=0.17, but {version} is used; give the path of its "
+            "own pretrain_gpt.py instead of 'pretrain'"
+        )
