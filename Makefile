@@ -3,15 +3,19 @@
 
 VENV ?= .venv
 BIN := $(VENV)/bin
+BENCH_OUT ?= out/bench
 export PYTHON TORCH_INDEX_URL VENV
 
-.PHONY: help setup demo test layouts lint clean
+.PHONY: help setup demo test layouts bench upstream-tests lint clean
 
 help:
 	@echo "make demo   train a RoPE and a FoPE twin, evaluate both up to 16x the training length"
 	@echo "            DEMO_ITERS=1000 DEMO_OUT=out/demo"
 	@echo "make test   the whole test suite"
-	@echo "make layouts  real training in 39 parallel layouts, each against one rank (15 minutes)"
+	@echo "make layouts  real training in 77 parallel layouts, each against one rank (half an hour)"
+	@echo "make bench  speed, memory and step time beside RoPE; BENCH_OUT=out/bench"
+	@echo "make upstream-tests MEGATRON_LM=/path/to/Megatron-LM"
+	@echo "            its own unit tests with FoPE in RoPE's place (half an hour)"
 	@echo "make lint   ruff"
 	@echo "make setup  only the environment, in $(VENV)"
 
@@ -26,6 +30,13 @@ test: setup
 
 layouts: setup
 	@$(BIN)/python tests/layouts.py
+
+bench: setup
+	@$(BIN)/megatron-fope bench all --out $(BENCH_OUT)
+
+upstream-tests: setup
+	@test -n "$(MEGATRON_LM)" || { echo "upstream-tests: error: MEGATRON_LM is not set; give a Megatron-LM checkout" >&2; exit 2; }
+	@$(BIN)/python tests/upstream/run.py --megatron-lm $(MEGATRON_LM) --ranks 4 --report tests/upstream.md
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
