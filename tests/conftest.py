@@ -10,7 +10,13 @@ from trainer import Trainer
 
 
 @pytest.fixture(scope="session")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
-    """Trains the tiny model on prepared text, without a new import of Megatron for every run."""
+def launcher() -> Iterator[Launcher]:
+    """Training runs without a new import of Megatron for every one."""
     with Launcher() as launcher:
-        yield Trainer(tmp_path_factory.mktemp("runs"), launcher)
+        yield launcher
+
+
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Trainer:
+    """Trains the tiny model on prepared text."""
+    return Trainer(tmp_path_factory.mktemp("runs"), launcher)

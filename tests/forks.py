@@ -7,6 +7,7 @@ processes, a patch of Megatron for example, ends with them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -42,7 +43,7 @@ class Launcher:
         self._server.wait(timeout=60)
 
     def run(
-        self, nproc: int, argv: list[str], log: Path, *, hook: str = "", timeout: float = 120.0
+        self, nproc: int, argv: list[str], log: Path, *, hook: str = "", timeout: float = 300.0
     ) -> tuple[int, str]:
         """Run ``python -m megatron_fope <argv>`` on a number of ranks.
 
@@ -128,7 +129,7 @@ def _fork(rank: int, nproc: int, port: int, argv: list[str], hook: str, output: 
 
 
 def _wait(ranks: list[int], deadline: float) -> int:
-    """Exit code of the run; no rank outlives it."""
+    """Exit code of the run; nothing that a rank has started outlives it."""
     running, code = set(ranks), 0
     while running:
         for pid in list(running):
@@ -136,15 +137,20 @@ def _wait(ranks: list[int], deadline: float) -> int:
             if done:
                 running.discard(pid)
                 code = code or os.waitstatus_to_exitcode(status)
-        if running and (time.monotonic() > deadline or code):
-            if code:
-                deadline = min(deadline, time.monotonic() + 1.0)
-            if time.monotonic() > deadline:
-                code = code or 124
-                for pid in running:
-                    os.killpg(pid, signal.SIGKILL)
+                _kill_group(pid)  # Megatron's checkpoint writers are processes of their own
+        if code:
+            deadline = min(deadline, time.monotonic() + 1.0)
+        if running and time.monotonic() > deadline:
+            code = code or 124
+            for pid in running:
+                _kill_group(pid)
         time.sleep(0.02)
     return code
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

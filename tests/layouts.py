@@ -22,10 +22,15 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from launch import ROOT, TINY_MODEL, torchrun
+from forks import Launcher
+from launch import ROOT, TINY_MODEL
 
 ITERS = 20
-MADE_UP_DATA = str(ROOT / "tests" / "scripts" / "made_up_data.py")
+MADE_UP_DATA = (
+    f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'scripts')!r}); import made_up_data; "
+    "made_up_data.install()"
+)
+"""Python that every rank executes first where Megatron's mock data does not do."""
 
 MODELS = {
     "learnable": "--fope-learnable",
@@ -118,8 +123,9 @@ class Difference:
 class Comparison:
     """Trains layouts and one-rank references, these once each."""
 
-    def __init__(self, folder: Path, *, iters: int = ITERS) -> None:
+    def __init__(self, folder: Path, launcher: Launcher, *, iters: int = ITERS) -> None:
         self.folder = folder
+        self.launcher = launcher
         self.iters = iters
         self._references: dict[tuple[str, ...], Curve] = {}
 
@@ -156,11 +162,12 @@ class Comparison:
 
     def _run(self, words: list[str] | tuple[str, ...], ranks: int, flags: list[str]) -> None:
         made_up = {"packed", "changing-lengths"} & set(words)
-        entry = [MADE_UP_DATA] if made_up else ["-m", "megatron_fope", "--cpu", "pretrain"]
         flags = [*" ".join((MODELS | WAYS)[word] for word in words).split(), *flags]
-        run = torchrun(ranks, [*entry, *TINY_MODEL, "--position-embedding-type", "fope", *flags], timeout=600)
-        if run.returncode:
-            raise RuntimeError(run.stdout[-4000:])
+        argv = ["--cpu", "pretrain", *TINY_MODEL, "--position-embedding-type", "fope", *flags]
+        hook = MADE_UP_DATA if made_up else ""
+        code, log = self.launcher.run(ranks, argv, self.folder / "log", hook=hook, timeout=600)
+        if code:
+            raise RuntimeError(log[-4000:])
 
 
 def num_ranks(name: str) -> int:
@@ -181,8 +188,8 @@ def read_curve(events: Path) -> Curve:
 def main(wanted: list[str]) -> int:
     """Compare the layouts; returns the exit code."""
     rows, failed = [], 0
-    with tempfile.TemporaryDirectory() as folder:
-        comparison = Comparison(Path(folder))
+    with tempfile.TemporaryDirectory() as folder, Launcher() as launcher:
+        comparison = Comparison(Path(folder), launcher)
         for name in LAYOUTS:
             if wanted and not any(part in name for part in wanted):
                 continue

@@ -7,7 +7,6 @@ of ``2 * context-parallel-size``. Else samples of different lengths (give ``--mi
 from __future__ import annotations
 
 import random
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,13 +89,8 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     return make(num_samples[0], args), None, None
 
 
-def main() -> None:
-    from megatron_fope import cpu
-
-    cpu.enable()
-    sys.argv = cpu.add_argument_defaults(sys.argv)
-
-    import megatron_fope
+def install() -> None:
+    """Let the built-in pre-training read this data."""
     from megatron_fope import pretrain
 
     def check_args(args: Any) -> None:
@@ -105,9 +99,3 @@ def main() -> None:
 
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]
     pretrain.datasets_provider, pretrain.check_args = datasets_provider, check_args
-    megatron_fope.register()
-    pretrain.main()
-
-
-if __name__ == "__main__":
-    main()
