@@ -448,6 +448,7 @@ def every_flag_reaches_its_setting() -> None:
         "yarn_extrapolation_factor": 0.5,
         "attention_scaling": 1.1,
         "exact_angles": True,
+        "implementation": "torch",
     }
     default = FoPEConfig.from_profile("intern-s1-pro", train_length=64).to_dict()
     assert given.keys() == default.keys() - {"rotary_base"}
