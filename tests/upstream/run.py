@@ -50,36 +50,42 @@ def main(argv: list[str] | None = None) -> int:
     """Run the launches, print the table, write the report; returns the exit code."""
     args = _parse(argv)
     checkout = args.megatron_lm.resolve()
-    results = []
-    for launch in selection.LAUNCHES:
-        result = report.Result(launch.name, launch.ranks)
-        results.append(result)
-        if launch.ranks > args.ranks:
-            result.not_launched = f"--ranks {args.ranks}"
-            continue
-        if args.launch and not any(part in launch.name for part in args.launch):
-            result.not_launched = "--launch"
-            continue
-        files = [path for path in launch.files if (checkout / selection.UNIT_TESTS / path).is_file()]
-        if not files:
-            result.not_launched = "the checkout has no such file"
-            continue
-        runner = Runner(checkout, launch, files, args.keep, args.timeout)
-        result.selected = ", ".join(f"`{path}`" for path in files)
-        result.selected += f" `-k '{runner.keep}'`" if runner.keep else ""
-        result.outcomes = runner.run(args.position)
-        failed = [outcome.test for outcome in result.outcomes if outcome.status == FAILED]
-        if failed and args.position == "fope":
-            with_rope = {outcome.test: outcome for outcome in runner.run("rope", only=failed)}
-            result.outcomes = outcomes.attribute(result.outcomes, with_rope)
-        print(_summary(result), flush=True)
     facts = _facts(checkout, args, sys.argv[1:] if argv is None else argv)
-    document = report.markdown(results, selection.files_not_run(checkout), facts)
-    if args.report:
-        args.report.write_text(document)
-    else:
+    results = [
+        report.Result(launch.name, launch.ranks, not_launched="not yet") for launch in selection.LAUNCHES
+    ]
+    for launch, result in zip(selection.LAUNCHES, results, strict=True):
+        _run_launch(checkout, launch, result, args)
+        document = report.markdown(results, selection.files_not_run(checkout), facts)
+        if args.report:  # after every launch: a run that is stopped leaves what it has
+            args.report.write_text(document)
+    if not args.report:
         print(document)
     return 1 if report.totals(results)[FAILED] else 0
+
+
+def _run_launch(
+    checkout: Path, launch: selection.Launch, result: report.Result, args: argparse.Namespace
+) -> None:
+    """Fill in one launch's result."""
+    files = [path for path in launch.files if (checkout / selection.UNIT_TESTS / path).is_file()]
+    if launch.ranks > args.ranks:
+        result.not_launched = f"--ranks {args.ranks}"
+    elif args.launch and not any(part in launch.name for part in args.launch):
+        result.not_launched = "--launch"
+    elif not files:
+        result.not_launched = "the checkout has no such file"
+    else:
+        runner = Runner(checkout, launch, files, args.keep, args.timeout)
+        found = runner.run(args.position)
+        failed = [outcome.test for outcome in found if outcome.status == FAILED]
+        if failed and args.position == "fope":
+            with_rope = {outcome.test: outcome for outcome in runner.run("rope", only=failed)}
+            found = outcomes.attribute(found, with_rope)
+        result.outcomes, result.not_launched = found, ""
+        result.selected = ", ".join(f"`{path}`" for path in files)
+        result.selected += f" `-k '{runner.keep}'`" if runner.keep else ""
+        print(_summary(result), flush=True)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
