@@ -51,15 +51,14 @@ class FoPESelfAttention(SelfAttention):
     ) -> None:
         check_host_config(config)
         super().__init__(config, submodules, layer_number, *args, **kwargs)
-        # A hybrid model builds its multi-token-prediction layers from the decoder's spec, numbered from 1 in
-        # every depth; only their module's name (0.18 and later) tells them apart.
-        depth = re.match(r"mtp\.layers\.\d+", kwargs.get("name") or "")
-        if depth and fope_stack == "decoder":
-            fope_stack = depth[0]
         # Layers without position embedding (no_rope_freq) keep the coefficients unused: Megatron stacks
         # the layers of a checkpoint into one tensor, which needs the same keys in all of them.
         self.fope = FourierEmbedding(
-            config, fope, layer=layer_number, stack=fope_stack, tp_group=self.pg_collection.tp
+            config,
+            fope,
+            layer=layer_number,
+            stack=stack_of(fope_stack, kwargs),
+            tp_group=self.pg_collection.tp,
         )
         self.fope_rotates = not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
         self._call: dict[str, Any] = {}
@@ -90,6 +89,20 @@ class FoPESelfAttention(SelfAttention):
         return query, key, *rest
 
 
+def stack_of(fope_stack: str, host_arguments: dict[str, Any]) -> str:
+    """The stack that decides a layer's coefficients.
+
+    A hybrid model builds its multi-token-prediction layers from the decoder's spec, numbered from 1 in every
+    depth; only their module's name (0.18 and later) tells them apart.
+
+    Args:
+        fope_stack: what the spec says.
+        host_arguments: keyword arguments of the layer's constructor.
+    """
+    depth = re.match(r"mtp\.layers\.\d+", host_arguments.get("name") or "")
+    return depth[0] if depth and fope_stack == "decoder" else fope_stack
+
+
 def check_host_config(config: Any) -> None:
     """Refuse model settings under which queries and keys would not pass through the seam.
 
@@ -104,14 +117,26 @@ def check_host_config(config: Any) -> None:
         if getattr(config, field, False):
             raise UserError(f"{flag} is given, but FoPE {why}; leave it out with FoPE")
 
-    refuse(
-        "multi_latent_attention", "--multi-latent-attention", "does not support multi-latent attention yet"
-    )
+    if getattr(config, "multi_latent_attention", False):
+        refuse(
+            "mla_down_proj_fusion", "--mla-down-proj-fusion", "has no class of its own for fused projections"
+        )
+        refuse(
+            "experimental_attention_variant",
+            "--experimental-attention-variant",
+            "cannot reach the rotary embedding of sparse attention's indexer",
+        )
+        rope_type = getattr(config, "rope_type", None) or "yarn"
+        if rope_type != "rope":
+            raise UserError(
+                f"--rope-type is {rope_type} (the default of --multi-latent-attention), but FoPE extends "
+                "lengths by --fope-scaling; allowed: --rope-type rope"
+            )
     pattern = getattr(config, "hybrid_layer_pattern", None) or ""
     for symbol in set("+D") & set(pattern):
         raise UserError(
-            f"--hybrid-layer-pattern is {pattern!r}, but FoPE does not support multi-latent attention yet; "
-            f"allowed: a pattern without {symbol}"
+            f"--hybrid-layer-pattern is {pattern!r}, but FoPE supports multi-latent attention in GPT models "
+            f"only; allowed: a pattern without {symbol}"
         )
     refuse("rotary_interleaved", "--rotary-interleaved", "pairs channel j with j + head_dim/2")
     refuse("apply_rope_fusion", "--apply-rope-fusion", "cannot use RoPE's fused kernel")

@@ -37,19 +37,29 @@ class FourierEmbedding(MegatronModule):
         layer: global ``layer_number``, from 1.
         stack: "decoder" or "mtp"; see :meth:`FoPEConfig.make_coefficients`.
         tp_group: tensor-parallel process group, or None.
+        head_dim: channels of a head that are rotated; None: all of them.
+        num_kv_heads: KV heads of the whole model; None: the config's.
 
     Raises:
         UserError: the settings do not fit the model.
     """
 
     def __init__(
-        self, config: Any, fope: FoPEConfig, *, layer: int, stack: str = "decoder", tp_group: Any = None
+        self,
+        config: Any,
+        fope: FoPEConfig,
+        *,
+        layer: int,
+        stack: str = "decoder",
+        tp_group: Any = None,
+        head_dim: int | None = None,
+        num_kv_heads: int | None = None,
     ):
         super().__init__(config)
         self.fope = fope
         self.tp_group = tp_group
-        self.head_dim = config.kv_channels
-        self.num_kv_heads = config.num_query_groups
+        self.head_dim = head_dim or config.kv_channels
+        self.num_kv_heads = num_kv_heads or config.num_query_groups
         self.register_buffer("inv_freq", fope.inv_freq(self.head_dim), persistent=False)
         coefficients = fope.make_coefficients(self.num_kv_heads, self.head_dim, layer=layer, stack=stack)
         for name, value in coefficients.items():

@@ -66,8 +66,8 @@ def describe(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerRe
     """
     from megatron.core.transformer.attention import Attention
 
-    from megatron_fope.attention import FoPESelfAttention
     from megatron_fope.implementation import choose, current_device
+    from megatron_fope.spec import FOPE_ATTENTIONS
 
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     reports = []
@@ -80,7 +80,7 @@ def describe(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerRe
                 "layer_number": module.layer_number,
                 "attention": type(module).__name__,
             }
-            if not isinstance(module, FoPESelfAttention):
+            if not isinstance(module, FOPE_ATTENTIONS):
                 reports.append(LayerReport(**common))
                 continue
             embedding, head_dim = module.fope, module.fope.head_dim

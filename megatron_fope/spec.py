@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 from megatron.core.transformer.attention import Attention, CrossAttention, SelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 
@@ -15,6 +16,11 @@ from megatron_fope import compat
 from megatron_fope.attention import FoPESelfAttention
 from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError
+from megatron_fope.mla import FoPEMLASelfAttention
+
+_CONVERSIONS = {SelfAttention: FoPESelfAttention, MLASelfAttention: FoPEMLASelfAttention}
+FOPE_ATTENTIONS = tuple(_CONVERSIONS.values())
+"""Attention with FoPE, whose subclasses a spec may name too."""
 
 
 def with_fope(spec: Any, config: FoPEConfig) -> Any:
@@ -22,8 +28,8 @@ def with_fope(spec: Any, config: FoPEConfig) -> Any:
 
     Works on everything Megatron builds layers from: a layer's ``ModuleSpec``, a block's submodules with a
     list of layers, hybrid stacks, multi-token-prediction blocks; local and Transformer Engine layers, dense
-    and mixture of experts. The original is never changed: Megatron shares specs between models and keeps
-    some as module globals.
+    and mixture of experts, multi-latent attention. The original is never changed: Megatron shares specs
+    between models and keeps some as module globals.
 
     Args:
         spec: the spec to convert.
@@ -94,11 +100,11 @@ class _Converter:
     def _convert_module_spec(self, spec: ModuleSpec) -> ModuleSpec:
         converted = copy.copy(spec)
         module = import_module(spec.module) if isinstance(spec.module, tuple) else spec.module
-        if module is SelfAttention:
-            converted.module = FoPESelfAttention
+        if isinstance(module, type) and module in _CONVERSIONS:
+            converted.module = _CONVERSIONS[module]
             converted.params = {**(spec.params or {}), "fope": self.config, "fope_stack": self.stack}
             self.num_attentions += 1
-        elif isinstance(module, type) and issubclass(module, FoPESelfAttention):
+        elif isinstance(module, type) and issubclass(module, FOPE_ATTENTIONS):
             previous = (spec.params or {}).get("fope")
             if previous is not None and previous != self.config:
                 raise UserError("with_fope: the layer spec has FoPE with other settings already")
@@ -117,10 +123,10 @@ class _Converter:
             not self._optional
             and isinstance(module, type)
             and issubclass(module, Attention)
-            and not issubclass(module, (FoPESelfAttention, CrossAttention))
+            and not issubclass(module, (*FOPE_ATTENTIONS, CrossAttention))
         ):
             raise UserError(
                 f"with_fope: {module.__module__}.{module.__qualname__} cannot be converted; "
-                "allowed: megatron.core's SelfAttention in a ModuleSpec, or a subclass of "
-                "megatron_fope.FoPESelfAttention"
+                "allowed: megatron.core's SelfAttention or MLASelfAttention in a ModuleSpec, or a subclass "
+                "of megatron_fope.FoPESelfAttention"
             )

@@ -71,6 +71,11 @@ FAMILIES = {
             }
         },
     ),
+    "multi-latent attention": Family(
+        "--multi-latent-attention --rope-type rope --q-lora-rank 32 --kv-lora-rank 32 --qk-head-dim 16 "
+        "--qk-pos-emb-head-dim 16 --v-head-dim 16 --num-query-groups 4",
+        "4 attention layers: decoder 1-4",
+    ),
     "hybrid": Family(
         "--hybrid-layer-pattern *-*-/*- --mtp-num-layers 1 --qk-layernorm",
         "3 attention layers: decoder 1, 3, mtp 1",

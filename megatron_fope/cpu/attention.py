@@ -217,7 +217,7 @@ def general_attention(
 
 
 def install() -> None:
-    """Teach ``DotProductAttention`` context parallelism and packed sequences.
+    """Teach ``DotProductAttention`` context parallelism, packed sequences and values narrower than keys.
 
     The class is patched and not the specs, because layer specs import it by value. With one
     context-parallel rank and no packed sequence, Megatron's own forward runs unchanged.
@@ -229,12 +229,21 @@ def install() -> None:
 
     original_init, original_forward = DotProductAttention.__init__, DotProductAttention.forward
 
-    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def init(
+        self: Any,
+        config: Any,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         # The constructor refuses context parallelism; nothing else in it depends on the size.
         single = copy.copy(config)
         single.context_parallel_size = 1
         original_init(self, single, *args, **kwargs)
         self.config = config
+        if v_channels is not None:  # multi-latent attention, which Megatron only builds on Transformer Engine
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
     def forward(
         self: Any,
@@ -261,5 +270,6 @@ def install() -> None:
 
     DotProductAttention.__init__ = init
     DotProductAttention.forward = forward
+    DotProductAttention.supports_context_parallelism = True  # read where flags are checked
     if getattr(core_utils, "tex", None) is None:
         core_utils.tex = SimpleNamespace(thd_get_partitioned_indices=thd_get_partitioned_indices)

@@ -307,10 +307,11 @@ def check_evaluation_in_inference_mode_does_not_poison_training() -> None:
 
 def main() -> None:
     start()
+    import mla_checks
     import spec_checks
 
     results = {}
-    for name, check in [*globals().items(), *vars(spec_checks).items()]:
+    for name, check in [*globals().items(), *vars(spec_checks).items(), *vars(mla_checks).items()]:
         if not name.startswith("check_"):
             continue
         try:

@@ -42,12 +42,9 @@ def check_with_fope_refuses_what_it_cannot_convert() -> None:
 
     own = get_gpt_layer_local_spec()
     own.submodules.self_attention.module = OwnAttention
-    absorbed = get_gpt_layer_local_spec()
+    absorbed = get_gpt_layer_local_spec(multi_latent_attention=True)
     absorbed.submodules.self_attention.module = absorbed_mla()
     cases = {
-        "MLASelfAttention": lambda: with_fope(
-            get_gpt_layer_local_spec(multi_latent_attention=True), fope_config()
-        ),
         absorbed_mla().__name__: lambda: with_fope(absorbed, fope_config()),
         "OwnAttention": lambda: with_fope([get_gpt_layer_local_spec(), own], fope_config()),
         "no self-attention": lambda: with_fope(get_gpt_layer_local_spec().submodules.mlp, fope_config()),
@@ -156,7 +153,7 @@ def check_pattern_of_a_hybrid_model_is_checked() -> None:
     check_host_config(args("M*-"))
     refused(lambda: hybrid_model.check_args(args("M*-")), "mamba_ssm")
     refused(lambda: hybrid_model.check_args(args("G*-")), "fla")
-    refused(lambda: check_host_config(args("*-+-")), "multi-latent attention")
+    refused(lambda: check_host_config(args("*-+-")), "without +")
     refused(lambda: check_host_config(args("*-D-")), "without D")
 
 

@@ -1,0 +1,106 @@
+"""Megatron's multi-latent attention with FoPE on the channels that carry positions.
+
+Multi-latent attention (DeepSeek) rotates only the last ``--qk-pos-emb-head-dim`` channels of a head. Their
+key is computed once and shared by all heads, so there is one set of coefficients, as with a single KV head.
+
+Megatron rotates inside ``get_query_key_value_tensors``, in every variant: plain, packed documents, latents in
+the key-value cache. There Megatron's own rotary module is left in place with frequencies of zero, which turns
+nothing, and the positional channels are rotated when query and key come out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from torch import Tensor
+
+from megatron_fope.attention import check_host_config, stack_of
+from megatron_fope.config import FoPEConfig
+from megatron_fope.embedding import FourierEmbedding
+
+_SIGNATURE = inspect.signature(MLASelfAttention.get_query_key_value_tensors)
+
+
+class FoPEMLASelfAttention(MLASelfAttention):
+    """``MLASelfAttention`` whose positional channels are rotated by Fourier series.
+
+    Args:
+        config: ``MLATransformerConfig`` with ``rope_type="rope"``.
+        submodules: ``MLASelfAttentionSubmodules``.
+        layer_number: global number of the layer, from 1.
+        *args: the host's.
+        fope: FoPE's settings.
+        fope_stack: "decoder" or "mtp".
+        **kwargs: the host's.
+
+    Raises:
+        UserError: a host setting that cannot go with FoPE.
+    """
+
+    fope_rotates = True
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: Any,
+        layer_number: int,
+        *args: Any,
+        fope: FoPEConfig,
+        fope_stack: str = "decoder",
+        **kwargs: Any,
+    ) -> None:
+        check_host_config(config)
+        super().__init__(config, submodules, layer_number, *args, **kwargs)
+        self.fope = FourierEmbedding(
+            config,
+            fope,
+            layer=layer_number,
+            stack=stack_of(fope_stack, kwargs),
+            tp_group=self.pg_collection.tp,
+            head_dim=config.qk_pos_emb_head_dim,
+            num_kv_heads=1,
+        )
+        # cos(0) = 1 and sin(0) = 0 leave what Megatron rotates bit for bit as it is.
+        self.rotary_pos_emb.inv_freq = torch.zeros_like(self.rotary_pos_emb.inv_freq)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's query, key and whatever follows, with the positional channels of both rotated."""
+        query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
+        call = _SIGNATURE.bind(self, *args, **kwargs).arguments
+        context = call.get("inference_context") or call.get("inference_params")
+        content, positional = self._split(query)
+        key_content, key_positional = self._split(key)
+        turned, key_turned = self._rotate(
+            positional, self._one_head(key_positional), call.get("packed_seq_params"), context
+        )
+        query = torch.cat([content, turned], dim=-1)
+        key = torch.cat([key_content, self._all_heads(key_turned, key_positional)], dim=-1)
+        return query, key, *rest
+
+    def _split(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        size = self.config.qk_pos_emb_head_dim
+        return tensor[..., :-size], tensor[..., -size:]
+
+    def _one_head(self, key: Tensor) -> Tensor:
+        """``[..., 1, d]``: the key of the first head, which is that of all; cached latents have no heads."""
+        return key.unsqueeze(-2) if self.config.cache_mla_latents else key[..., :1, :]
+
+    def _all_heads(self, key: Tensor, like: Tensor) -> Tensor:
+        return key.squeeze(-2) if self.config.cache_mla_latents else key.expand_as(like)
+
+    def _rotate(self, query: Tensor, key: Tensor, packed: Any, context: Any) -> tuple[Tensor, Tensor]:
+        """Rotate ``[s, b, heads, d]``, or ``[t, heads, d]`` of packed documents."""
+        flat = query.dim() == 3
+        if flat:
+            query, key = query.unsqueeze(1), key.unsqueeze(1)
+        query, key = self.fope(
+            query,
+            key,
+            cp_group=self.pg_collection.cp,
+            packed_seq_params=packed,
+            inference_context=context,
+        )
+        return (query.squeeze(1), key.squeeze(1)) if flat else (query, key)
