@@ -179,6 +179,9 @@ def resolve_fope_arguments(args: Any, config: FoPEConfig | None = None) -> None:
 
 
 def _head_dim(args: Any) -> int | None:
+    """Channels of a head that are rotated; None while the model's size is not known."""
+    if getattr(args, "multi_latent_attention", False):
+        return args.qk_pos_emb_head_dim
     if getattr(args, "kv_channels", None) is not None:
         return args.kv_channels
     if args.hidden_size and args.num_attention_heads:
@@ -235,6 +238,7 @@ def check_before_megatron(args: Any) -> None:
                 "--transformer-impl is transformer_engine (Megatron's default), which cannot be imported "
                 f"({error}); pip install 'megatron-fope[te]' or give --transformer-impl local"
             ) from None
+    _check_attention(args)
     if (
         getattr(args, "dataloader_inter_document_masking", False)
         and getattr(args, "context_parallel_size", 1) > 1
@@ -246,6 +250,22 @@ def check_before_megatron(args: Any) -> None:
             "defined; allowed: --context-parallel-size 1"
         )
     _check_layout(args)
+
+
+def _check_attention(args: Any) -> None:
+    """Refuse context parallelism with Megatron's own attention, unless the CPU runtime has taught it."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    size = getattr(args, "context_parallel_size", 1)
+    if size == 1 or getattr(DotProductAttention, "supports_context_parallelism", False):
+        return
+    backend = getattr(getattr(args, "attention_backend", None), "name", None)
+    for name, value in (("--transformer-impl", args.transformer_impl), ("--attention-backend", backend)):
+        if value == "local":
+            raise UserError(
+                f"--context-parallel-size is {size}, which the attention of {name} local does not support; "
+                "allowed: 1, or --transformer-impl transformer_engine with another --attention-backend"
+            )
 
 
 def _check_layout(args: Any) -> None:

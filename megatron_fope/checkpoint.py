@@ -65,10 +65,8 @@ def read_checkpoint(folder: str | Path) -> CheckpointInfo:
     iteration = folder / _folder_name(step)
     try:
         args = _stored_state(iteration).get("args")
-    except UserError:
-        raise
-    except Exception as error:
-        damage = find_damage(folder, step)
+    except load_errors() as error:
+        damage = None if isinstance(error, UserError) else find_damage(folder, step)
         if damage is None:
             raise
         raise UserError(f"--checkpoint is {str(folder)!r}: {damage} ({describe_error(error)})") from error
@@ -155,6 +153,17 @@ def find_missing_legacy_file(folder: str | Path, step: int | str, tensor: int, p
             if not any(iteration.glob(f"{name}*/model_optim_rng.pt")):
                 return f"{iteration / name / 'model_optim_rng.pt'} is missing; {_way_out(iteration)}"
     return None
+
+
+def load_errors() -> tuple[type[BaseException], ...]:
+    """What Megatron may raise when it cannot load a checkpoint.
+
+    PyTorch's own exception for it is no ``Exception``, and for the legacy format Megatron prints the error
+    and exits with code 0.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    return (Exception, SystemExit, CheckpointException)
 
 
 def describe_error(error: BaseException) -> str:

@@ -94,6 +94,7 @@ def check_against_checkpoint(args: Any, checkpoint_args: Any, where: str, *, rel
         _check_settings(args, checkpoint_args, where)
     shapes = {
         "kv_channels": "--kv-channels",
+        "qk_pos_emb_head_dim": "--qk-pos-emb-head-dim",
         "num_attention_heads": "--num-attention-heads",
         "fope_kept_frequencies": "number of kept frequencies",
         "fope_series": "number of Fourier series",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_fope.arguments import FOPE, START_FROM_ROPE, fope_config_from_args
@@ -19,6 +19,7 @@ from megatron_fope.checkpoint import (
     find_missing_legacy_file,
     is_coefficient,
     is_legacy,
+    load_errors,
     newer_than,
     read_stored_args,
     tracked_iteration,
@@ -49,63 +50,119 @@ def load_base_checkpoint(original: Callable, load_dir: Any, args: Any, options: 
     Raises:
         UserError: other settings than the checkpoint's, damaged files, or no coefficients in them.
     """
-    validated = hasattr(args, "data_parallel_size")  # not yet when --use-checkpoint-args is at work
-    asked = args.position_embedding_type if validated else position_type_if_given(args)
-    ours = asked == FOPE or (asked is None and not validated)
-    step = _step(load_dir, args) if ours else None
-    with_tensors = ours and not options.get("rank0", False)
-    names = _coefficient_names(options.get("sharded_state_dict")) if with_tensors else {}
-    if names and getattr(args, "fope_start_from_rope", None):
-        stored = (original(load_dir, args, rank0=True)[0] or {}).get("args")
-        if starts_from_rope(args, stored, asked):
-            options = {**options, "sharded_state_dict": _without(names, options["sharded_state_dict"])}
-    keys = _keys(options.get("sharded_state_dict"), names)
-    if step is not None and with_tensors and _is_rank0():
-        _check_files(load_dir, step, keys, args)
-    try:
+    loading = _Loading(original, load_dir, args)
+    if not loading.ours:
         result = original(load_dir, args, **options)
-    except (Exception, SystemExit) as error:  # for some of them Megatron exits, with code 0
-        damage = None if step is None else find_damage(load_dir, step, expected=keys)
-        if damage is None and step is not None and isinstance(error, SystemExit) and not error.code:
-            damage = f"Megatron cannot load iteration {step} of {load_dir} and says why above"
-        if damage is None:
-            raise
-        raise UserError(f"{damage} ({describe_error(error)})") from error
-
-    state, _, release, kind = result[:4]
-    stored = state.get("args") if state else None
-    if stored is not None and validated:
-        check_against_checkpoint(args, stored, load_dir, release=release)
-    if stored is not None and with_tensors:
-        legacy = getattr(kind, "name", None) == "LEGACY"
-        if legacy:
-            check_legacy_layout(args, stored, load_dir)
-        _settle_coefficients(state, _names_beside_attention(state, args) if legacy else names, args, load_dir)
-    return result
+        stored = result[0].get("args") if result[0] else None
+        if stored is not None and loading.validated:
+            check_against_checkpoint(args, stored, load_dir)
+        return result
+    if options.get("rank0", False):
+        return loading.agree(lambda: loading.read_arguments(options))
+    return loading.read_tensors(options)
 
 
-def _step(load_dir: Any, args: Any) -> int | str | None:
-    """The iteration that Megatron will load, or None where its files are not for us to judge."""
-    if load_dir is None or "://" in str(load_dir) or args.ckpt_format not in ("torch_dist", "torch"):
-        return None
-    if getattr(args, "non_persistent_ckpt_type", None) is not None:
-        return None
-    return getattr(args, "ckpt_step", None) or tracked_iteration(load_dir)
+class _Loading:
+    """One call of Megatron's function for a run with FoPE."""
+
+    def __init__(self, original: Callable, load_dir: Any, args: Any) -> None:
+        self.original, self.load_dir, self.args = original, load_dir, args
+        self.validated = hasattr(args, "data_parallel_size")  # not yet when --use-checkpoint-args is at work
+        self.asked = args.position_embedding_type if self.validated else position_type_if_given(args)
+        self.ours = self.asked == FOPE or (self.asked is None and not self.validated)
+        self.step = self._find_step() if self.ours else None
+
+    def _find_step(self) -> int | str | None:
+        """The iteration that Megatron will load, or None where its files are not for us to judge."""
+        remote = self.load_dir is None or "://" in str(self.load_dir)
+        local = getattr(self.args, "non_persistent_ckpt_type", None) is not None
+        if remote or local or self.args.ckpt_format not in ("torch_dist", "torch"):
+            return None
+        return getattr(self.args, "ckpt_step", None) or tracked_iteration(self.load_dir)
+
+    def read_arguments(self, options: dict[str, Any]) -> Any:
+        result = self._call(options)
+        stored = result[0].get("args") if result[0] else None
+        if stored is not None and self.validated:
+            check_against_checkpoint(self.args, stored, self.load_dir, release=result[2])
+        return result
+
+    def read_tensors(self, options: dict[str, Any]) -> Any:
+        template = options.get("sharded_state_dict")
+        names = _coefficient_names(template)
+        if names and getattr(self.args, "fope_start_from_rope", None):
+            state = self.agree(lambda: self.read_arguments({"rank0": True}))[0]
+            if starts_from_rope(self.args, (state or {}).get("args"), self.asked):
+                template = _without(names, template)
+                options = {**options, "sharded_state_dict": template}
+        keys = _keys(template, names)
+
+        def check_files() -> None:
+            # Before any rank starts to read, because afterwards each would fail in its own way. Only rank 0
+            # looks; it reads the table of contents once more than Megatron does.
+            if self.step is not None and _is_rank0():
+                _check_files(self.load_dir, self.step, keys, self.args)
+
+        def read() -> Any:
+            result = self._call(options, keys)
+            state, _, release, kind = result[:4]
+            if state and state.get("args") is not None:
+                check_against_checkpoint(self.args, state["args"], self.load_dir, release=release)
+                legacy = getattr(kind, "name", None) == "LEGACY"
+                wanted = _names_beside_attention(state, self.args) if legacy else names
+                _settle_coefficients(state, wanted, self.args, self.load_dir)
+            return result
+
+        self.agree(check_files)
+        return self.agree(read)
+
+    def _call(self, options: dict[str, Any], keys: Iterable[str] = ()) -> Any:
+        """Call Megatron; an error that damaged files explain becomes one line."""
+        try:
+            return self.original(self.load_dir, self.args, **options)
+        except load_errors() as error:
+            if self.step is None:
+                raise
+            damage = find_damage(self.load_dir, self.step, expected=keys)
+            if damage is None and isinstance(error, SystemExit) and not error.code:
+                damage = f"Megatron cannot load iteration {self.step} of {self.load_dir} and says why above"
+            if damage is None:
+                raise
+            raise UserError(f"{damage} ({describe_error(error)})") from error
+
+    def agree(self, action: Callable[[], Any]) -> Any:
+        """Do something on every rank; what one rank refuses all refuse, so that none waits for another.
+
+        Megatron itself talks to all ranks while it finds the iteration to load, so all of them are here.
+        """
+        import torch.distributed as distributed
+
+        if self.step is None or not distributed.is_initialized():
+            return action()
+        result, problem = None, None
+        try:
+            result = action()
+        except UserError as error:
+            problem = error
+        found: list[str | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(found, None if problem is None else str(problem))
+        for text in found:
+            if text is not None:
+                raise UserError(text) from problem
+        return result
 
 
 def _check_files(load_dir: Any, step: int | str, keys: list[str], args: Any) -> None:
-    """Find damage before any rank starts to read, because afterwards each would fail in its own way.
-
-    Only rank 0 looks. It reads the table of contents once more than Megatron does.
-    """
-    if isinstance(step, int) and not getattr(args, "ckpt_step", None):
-        newer = newer_than(load_dir, step)
-        if newer:
-            print(
-                f"> FoPE: {', '.join(newer)} in {load_dir} never became the latest checkpoint: a save "
-                f"did not finish; loading iteration {step}",
-                flush=True,
-            )
+    """Say which saves did not finish; refuse damaged files and a layout that the format cannot change."""
+    newer = (
+        newer_than(load_dir, step) if isinstance(step, int) and not getattr(args, "ckpt_step", None) else []
+    )
+    if newer:
+        print(
+            f"> FoPE: {', '.join(newer)} in {load_dir} never became the latest checkpoint: a save did not "
+            f"finish; loading iteration {step}",
+            flush=True,
+        )
     damage = find_damage(load_dir, step, expected=keys)
     if damage is not None:
         raise UserError(damage)

@@ -200,7 +200,7 @@ def _wrap_load_base_checkpoint(original: Callable) -> Callable:
         options = dict(signature.bind(load_dir, args, *rest, **kwargs).arguments)
         for name in list(options)[:2]:
             del options[name]
-        with exit_on_user_error(any_rank=True):
+        with exit_on_user_error():
             return load_base_checkpoint(original, load_dir, args, options)
 
     return _load_base_checkpoint

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,7 +120,7 @@ HOST_FLAGS = {
     "interleaved": case("--rotary-interleaved", "--rotary-interleaved is given", "leave it out"),
     "rotary percent": case("--rotary-percent 0.5", "--rotary-percent is 0.5", "1.0"),
     "multi-latent attention": case(
-        "--multi-latent-attention", "--multi-latent-attention is given", "leave it out"
+        "--multi-latent-attention", "--rope-type is yarn", "allowed: --rope-type rope"
     ),
     "multimodal sections": case("--mrope-section 2 3 3", "--mrope-section is given", "leave it out"),
     "fused rotation of a script that has the flag": case(
@@ -252,6 +253,7 @@ ACCEPTED = {
     "paper": FOPE,
     "shortest train length": [*FOPE, "--fope-train-length", "7"],
     "documents without context parallelism": [*FOPE, "--dataloader-inter-document-masking"],
+    "context parallelism with the CPU runtime's attention": [*FOPE, "--context-parallel-size", "2"],
     "no flag of FoPE": ROPE,
     "its own checkpoint": [*FOPE, "--load", "{folder}/paper"],
     "its own checkpoint, heads as groups": [
@@ -344,6 +346,27 @@ def test_no_cuda_and_no_cpu_flag() -> None:
     assert run.returncode == 2
     check_line(run.stderr, "no CUDA device is visible", "--cpu in front")
     assert run.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"transformer_impl": "local"}, "--transformer-impl local"),
+        (
+            {"transformer_impl": "inference_optimized", "attention_backend": SimpleNamespace(name="local")},
+            "--attention-backend local",
+        ),
+    ],
+)
+def test_context_parallelism_without_an_attention_for_it(flags: dict[str, Any], named: str) -> None:
+    """On the GPU path; the CPU runtime's attention can."""
+    from megatron_fope.arguments import check_before_megatron
+
+    args = SimpleNamespace(position_embedding_type="fope", context_parallel_size=2, **flags)
+    with pytest.raises(UserError) as error:
+        check_before_megatron(args)
+    assert str(error.value).startswith("--context-parallel-size is 2, which")
+    assert named in str(error.value) and "\n" not in str(error.value)
 
 
 # Commands that stop before they import Megatron

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import os
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_fope.cpu.environment import prepare_environment
@@ -147,6 +149,30 @@ def _recompute_on_cpu() -> None:
     checkpoint.backward = staticmethod(with_active_mode(checkpoint.backward))
     without_output = random.CheckpointWithoutOutput
     without_output._recompute = with_active_mode(without_output._recompute)
+    _recompute_modules(random)
+
+
+def _recompute_modules(random: Any) -> None:
+    """Let ``--recompute-modules`` name modules whose output is dropped, such as ``layernorm``.
+
+    Megatron asks Transformer Engine whether FP8 is on, without which the names do not exist, and 0.19
+    compiles C++ code that lets the dropped output and its recomputation share memory. Here the answer is no,
+    and the memory is copied.
+    """
+    import torch
+
+    def share_storage(dropped: torch.Tensor, recomputed: torch.Tensor) -> None:
+        source, target = recomputed.untyped_storage(), dropped.untyped_storage()
+        target.resize_(source.nbytes())
+        target.copy_(source)
+
+    def no_context(*args: Any, **kwargs: Any) -> Any:
+        return contextlib.nullcontext()
+
+    random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
+    random.activation_recompute_forward = no_context
+    random.fp8_autocast = no_context
+    random._get_share_storage = lambda: share_storage
 
 
 def _allow_no_cuda() -> None:
