@@ -20,6 +20,7 @@ compilation depends on; what is compiled in is the model's geometry. Nothing is 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -43,6 +44,7 @@ class LaunchConfig(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def launch_config(half: int, d_out: int, *, fused: bool, learning: bool = False) -> LaunchConfig:
     """Block sizes for a geometry.
 
@@ -60,7 +62,7 @@ def launch_config(half: int, d_out: int, *, fused: bool, learning: bool = False)
     series = triton.next_power_of_2(max(d_out, 16))
     rest = triton.next_power_of_2(half - series) if half > series else 0
     if fused:
-        block = 64 >> learning >> (series > 64)
+        block = 16 if series > 64 else 32 if learning else 64
         num_warps = max(4, min(8, block * series // 256))
     else:
         block = max(1, min(64, 1024 // series))
