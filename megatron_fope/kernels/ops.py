@@ -2,9 +2,9 @@
 
 In eager mode the kernels are launched directly under an ``autograd.Function``; dispatching a custom operator
 takes three times as long on the host (measured without the launch: 230 against 80 microseconds).
-``torch.compile`` gets the custom operators ``megatron_fope::rotate`` and ``megatron_fope::rotate_backward``, which it does not
-look into. Both ways share every line that computes. Nothing waits for the device, so that CUDA graphs can
-capture either.
+``torch.compile`` gets the custom operators ``megatron_fope::rotate`` and ``megatron_fope::rotate_backward``,
+which it does not look into. Both ways share every line that computes. Nothing waits for the device, so that
+CUDA graphs can capture either.
 """
 
 from __future__ import annotations
