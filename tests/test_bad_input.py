@@ -253,7 +253,6 @@ ACCEPTED = {
     "paper": FOPE,
     "shortest train length": [*FOPE, "--fope-train-length", "7"],
     "documents without context parallelism": [*FOPE, "--dataloader-inter-document-masking"],
-    "context parallelism with the CPU runtime's attention": [*FOPE, "--context-parallel-size", "2"],
     "no flag of FoPE": ROPE,
     "its own checkpoint": [*FOPE, "--load", "{folder}/paper"],
     "its own checkpoint, heads as groups": [

@@ -87,7 +87,10 @@ FAMILIES = {
 def train(folder: Path, nproc: int, flags: str) -> str:
     """The log of a run in the real loop."""
     flags = flags.replace("layers.json", str(folder / "layers.json"))
-    command = ["-m", "megatron_fope", "--cpu", "pretrain", *TINY_MODEL, "--position-embedding-type", "fope"]
+    model = list(TINY_MODEL)
+    if "--multi-latent-attention" in flags:  # has no query groups
+        model.remove("--group-query-attention")
+    command = ["-m", "megatron_fope", "--cpu", "pretrain", *model, "--position-embedding-type", "fope"]
     run = torchrun(nproc, [*command, "--train-iters", str(ITERS), *flags.split()])
     assert run.returncode == 0, run.stdout[-6000:]
     return run.stdout

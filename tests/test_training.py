@@ -111,10 +111,13 @@ def stored(run: Run, name: str, iteration: int = 4) -> torch.Tensor:
 
 
 def test_start_up_says_what_runs(one_rank: Run) -> None:
-    (settings, implementation) = [line for line in one_rank.log.splitlines() if line.startswith("> FoPE: ")]
+    settings, implementation, layers = (
+        line for line in one_rank.log.splitlines() if line.startswith("> FoPE: ")
+    )
     for part in ("profile paper", "train length 64", "3 frequencies", "5 clipped", "gain 0.3", "frozen"):
         assert part in settings
     assert "PyTorch" in implementation
+    assert layers == "> FoPE: 4 attention layers: decoder 1-4"
     assert re.search(r"^  position_embedding_type \.+ fope$", one_rank.log, re.MULTILINE)
 
 
