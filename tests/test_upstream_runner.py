@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from launch import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "upstream"))
 
+import exam_plugin
 import outcomes
 import report
 import run
@@ -165,6 +167,15 @@ def test_no_file_of_the_areas_is_forgotten(tmp_path: Path) -> None:
     assert "RoPE's own module" in not_run.pop("transformer/test_rope.py")
     assert "GPU" in not_run.pop("inference/engines/test_dynamic_engine.py")
     assert not_run == {"transformer/test_linear_attention_v9.py": "not looked at yet"}
+
+
+def test_parallel_sizes_among_the_parameters_say_how_many_ranks_a_test_needs() -> None:
+    def needed(**parameters: Any) -> int:
+        return exam_plugin._ranks_needed(SimpleNamespace(callspec=SimpleNamespace(params=parameters)))
+
+    assert needed(src_tp_pp=(2, 1), dest_tp_pp=(1, 8), singleton=True) == 8
+    assert needed(tp=4, shape=(64, 64)) == 1 and needed(src_parallel=(2, 2, 1)) == 4
+    assert exam_plugin._ranks_needed(SimpleNamespace()) == 1
 
 
 def test_the_selection_is_consistent() -> None:
