@@ -174,9 +174,7 @@ def test_an_iteration_that_was_never_saved(trainer: Trainer, whole: Run) -> None
     assert line.startswith("iter_0000003 does not exist") and "--ckpt-step: 2, 4" in line
 
 
-@pytest.mark.xfail(
-    reason="--use-checkpoint-args reads the file before our loader: Megatron's own error"
-)
+@pytest.mark.xfail(reason="--use-checkpoint-args reads the file before our loader: Megatron's own error")
 def test_damage_before_the_arguments_are_known(trainer: Trainer, whole: Run) -> None:
     line = refusal("arguments", whole, cut(DATA), trainer, "--use-checkpoint-args")
     assert line.startswith(f"{DATA} is cut off: ")
