@@ -7,8 +7,8 @@ deleted when the oldest of them is dropped:
 =============== ======================================================================================
 only for        helpers
 =============== ======================================================================================
-0.16            ``define_missing_router_kernel``, ``require_built_in_training``; ``has_training_loop``
-                (its wheel)
+0.16            ``define_missing_latent_attention_library``, ``define_missing_router_kernel``,
+                ``require_built_in_training``; ``has_training_loop`` (its wheel)
 up to 0.17      ``count_document_tokens``, ``has_mtp_layers``, ``hybrid_stack_classes``,
                 ``hybrid_stack_module``, ``hybrid_stack_spec``, ``initialize_megatron``,
                 ``known_attributes``, ``model_classes``, ``modules_that_import``,
@@ -43,6 +43,7 @@ from megatron_fope.compat.inference import (
 )
 from megatron_fope.compat.models import (
     build_model,
+    define_missing_latent_attention_library,
     define_missing_router_kernel,
     gpt_builder_config,
     has_mtp_layers,
@@ -79,6 +80,7 @@ __all__ = [
     "SUPPORTED_MEGATRON",
     "build_model",
     "count_document_tokens",
+    "define_missing_latent_attention_library",
     "define_missing_router_kernel",
     "gpt_builder_config",
     "has_mtp_layers",

@@ -127,3 +127,15 @@ def define_missing_router_kernel() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def define_missing_latent_attention_library() -> None:
+    """Let multi-latent attention be built without Transformer Engine in 0.16.
+
+    It takes Transformer Engine for installed when Megatron's wrapper of it can be imported, whose classes are
+    mocks where it is not; 0.17 and later ask the wrapper.
+    """
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.transformer import multi_latent_attention
+
+    multi_latent_attention.HAVE_TE = HAVE_TE

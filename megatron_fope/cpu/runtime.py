@@ -96,6 +96,7 @@ def _patch_megatron() -> None:
     compat.use_prebuilt_dataset_helpers()
     compat.repair_checkpoint_metadata_reader()
     compat.define_missing_router_kernel()
+    compat.define_missing_latent_attention_library()
 
 
 def _use_cpu_generator() -> None:

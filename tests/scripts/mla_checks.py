@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from model_checks import fope_config, run, tokens
+from model_checks import fope_config, run, since, tokens
 
 POSITIONAL, HEADS, LATENT = 16, 4, 24
 
@@ -158,6 +158,7 @@ def check_mla_cached_decoding_equals_the_full_forward() -> None:
     torch.testing.assert_close(torch.stack(steps, 1), whole[:, prompt - 1 :], rtol=0, atol=5e-5)
 
 
+@since(0, 17)
 def check_mla_latent_cache_gets_rotated_keys() -> None:
     """Dynamic batching caches latents beside one rotated key: every row by its token's position."""
     import torch
@@ -205,6 +206,7 @@ def check_mla_latent_cache_gets_rotated_keys() -> None:
     torch.testing.assert_close(rotated[1][used, ..., -POSITIONAL:], expected[:, :, 0], rtol=0, atol=2e-6)
 
 
+@since(0, 17)
 def check_mla_refuses_what_it_cannot_rotate() -> None:
     from spec_checks import refused
 

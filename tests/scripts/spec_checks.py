@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from model_checks import fope_config, gpt, run, tokens, transformer_config
+from model_checks import fope_config, gpt, run, since, tokens, transformer_config
 
 
 def check_with_fope_leaves_the_original_alone() -> None:
@@ -42,10 +42,7 @@ def check_with_fope_refuses_what_it_cannot_convert() -> None:
 
     own = get_gpt_layer_local_spec()
     own.submodules.self_attention.module = OwnAttention
-    absorbed = get_gpt_layer_local_spec(multi_latent_attention=True)
-    absorbed.submodules.self_attention.module = absorbed_mla()
     cases = {
-        absorbed_mla().__name__: lambda: with_fope(absorbed, fope_config()),
         "OwnAttention": lambda: with_fope([get_gpt_layer_local_spec(), own], fope_config()),
         "no self-attention": lambda: with_fope(get_gpt_layer_local_spec().submodules.mlp, fope_config()),
         "other settings": lambda: with_fope(
@@ -54,6 +51,17 @@ def check_with_fope_refuses_what_it_cannot_convert() -> None:
     }
     for text, case in cases.items():
         refused(case, text)
+
+
+@since(0, 17)
+def check_with_fope_refuses_absorbed_latent_attention() -> None:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from megatron_fope import with_fope
+
+    absorbed = get_gpt_layer_local_spec(multi_latent_attention=True)
+    absorbed.submodules.self_attention.module = absorbed_mla()
+    refused(lambda: with_fope(absorbed, fope_config()), absorbed_mla().__name__)
 
 
 def absorbed_mla() -> type:
@@ -142,6 +150,7 @@ def iterate_modules(node: Any) -> Any:
             yield from iterate_modules(getattr(node, field.name))
 
 
+@since(0, 17)
 def check_pattern_of_a_hybrid_model_is_checked() -> None:
     from megatron_fope import hybrid_model
     from megatron_fope.attention import check_host_config
@@ -157,6 +166,7 @@ def check_pattern_of_a_hybrid_model_is_checked() -> None:
     refused(lambda: check_host_config(args("*-D-")), "without D")
 
 
+@since(0, 17)
 def check_prediction_layers_of_a_hybrid_model_have_their_own_coefficients() -> None:
     import torch
 
@@ -209,6 +219,7 @@ def linear_attention() -> type:
     return LinearAttention
 
 
+@since(0, 17)
 def check_models_that_know_no_fope_refuse_the_type() -> None:
     """T5 and BERT would train without any positions."""
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
