@@ -8,7 +8,7 @@ import functools
 from typing import Any
 
 from megatron_fope.attention import check_host_config
-from megatron_fope.config import IMPLEMENTATIONS, PADDINGS, PROFILES, SCALINGS, FoPEConfig, flag
+from megatron_fope.config import GROWTHS, IMPLEMENTATIONS, PADDINGS, PROFILES, SCALINGS, FoPEConfig, flag
 from megatron_fope.errors import UserError, exit_on_user_error
 from megatron_fope.functional import INITIALIZATIONS
 from megatron_fope.implementation import check_available
@@ -33,6 +33,8 @@ _HELP: dict[str, str] = {
     "1.2B parameters).",
     "seed": "Seed of the coefficients; independent of --seed and of the parallel layout.",
     "init": "Initialisation of the coefficients.",
+    "growth": "How coefficients grow with the train length: 'aligned' gives every output that carries nothing "
+    "a new frequency, 'upstream' is the authors' rule, 'upstream-zeros' the same without random numbers.",
     "floor_ratio": "Multiplies the clipping floor 2 pi / L: 2 drops everything below two cycles in L.",
     "num_inv_freq": "Keep exactly the first so many frequencies and ignore the floor. Default: by the floor.",
     "clip": "Clip slow frequencies at all.",
@@ -63,6 +65,7 @@ _HELP: dict[str, str] = {
 _CHOICES = {
     "profile": tuple(PROFILES),
     "init": INITIALIZATIONS,
+    "growth": GROWTHS,
     "padding": tuple(PADDINGS),
     "scaling": SCALINGS,
     "implementation": IMPLEMENTATIONS,

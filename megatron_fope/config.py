@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_fope import functional
+from megatron_fope import frequencies, functional
 from megatron_fope.errors import UserError
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -44,6 +43,9 @@ PADDINGS = {"1,1": (1.0, 1.0), "0,1": (0.0, 1.0)}
 """(sin, cos) of channel pairs without a series, by the flag's spelling."""
 
 SCALINGS = ("none", "pi", "linear", "yarn", "llama3")
+
+GROWTHS = ("aligned", "upstream", "upstream-zeros")
+"""How coefficients grow with the training length; see :mod:`megatron_fope.growth`."""
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 """What rotates queries and keys; see :func:`megatron_fope.implementation.choose`."""
@@ -97,6 +99,8 @@ class FoPEConfig:
     """Divide every series by the sum of its coefficients (``fourier_norm``)."""
     init: str = "eye_xavier_norm"
     """One of :data:`megatron_fope.functional.INITIALIZATIONS`."""
+    growth: str = "aligned"
+    """One of :data:`GROWTHS`; only looked at when the training length grows."""
     learnable: bool = False
     """Train the coefficients. The paper and all published models keep them frozen."""
     padding: str = "1,1"
@@ -118,8 +122,8 @@ class FoPEConfig:
     implementation: str = "auto"
     """One of :data:`IMPLEMENTATIONS`; the numbers are the same to rounding."""
 
-    FRESH_ONLY: ClassVar[frozenset[str]] = frozenset({"profile", "seed", "gain", "init"})
-    """Fields that only decide what fresh coefficients are; a checkpoint brings its own."""
+    FRESH_ONLY: ClassVar[frozenset[str]] = frozenset({"profile", "seed", "gain", "init", "growth"})
+    """Fields that only decide what new coefficients are; a checkpoint brings its own."""
     RUN_ONLY: ClassVar[frozenset[str]] = frozenset({"implementation"})
     """Fields that belong to a run and not to the model; a checkpoint's are not looked at."""
 
@@ -173,15 +177,17 @@ class FoPEConfig:
         Raises:
             UserError: no frequency is left, or the head dimension is odd.
         """
-        return _inv_freq(self, head_dim).clone()
+        self.check_model(head_dim)
+        return frequencies.inv_freq(self, head_dim).clone()
 
     def num_clipped(self, head_dim: int) -> int:
         """How many of the rotary frequencies are clipped."""
-        return int((~_frequency_mask(self, head_dim)).sum())
+        return int((~frequencies.kept(self, head_dim)).sum())
 
     def d_in(self, head_dim: int) -> int:
         """Number of frequencies in the basis."""
-        return _inv_freq(self, head_dim).numel()
+        self.check_model(head_dim)
+        return frequencies.inv_freq(self, head_dim).numel()
 
     def d_out(self, head_dim: int) -> int:
         """Number of channel pairs that get a Fourier series; the others are padded."""
@@ -211,10 +217,27 @@ class FoPEConfig:
             :meth:`coefficient_shape` on CPU. With ``shared_layers`` and seed 123 this is XTuner's CPU
             stream bit for bit.
         """
-        generator = torch.Generator(device="cpu").manual_seed(self._layer_seed(stack, layer))
+        generator = self.generator(layer, stack)
         shape = self.coefficient_shape(num_kv_heads, head_dim)
         names = ("sin_coef", "cos_coef") if self.separate_basis else ("fourier_coef",)
         return {name: functional.init_coefficients(shape, self.init, self.gain, generator) for name in names}
+
+    def generator(self, layer: int, stack: str = "decoder", purpose: str = "") -> torch.Generator:
+        """Random numbers of one layer's coefficients, from the seed alone.
+
+        Args:
+            layer: Megatron's global ``layer_number``, from 1; without effect where layers share.
+            stack: "decoder" or "mtp".
+            purpose: other words, other numbers; none: those of fresh coefficients.
+        """
+        seed = self.seed
+        words = [] if self.shared_layers else [stack, str(layer)]
+        if purpose:
+            words.append(purpose)
+        if words:
+            digest = hashlib.sha256("/".join([str(seed), *words]).encode()).digest()
+            seed = int.from_bytes(digest[:8], "big") >> 1
+        return torch.Generator(device="cpu").manual_seed(seed)
 
     def tables(
         self, positions: Tensor, coefficients: dict[str, Tensor], inv_freq: Tensor, head_dim: int
@@ -289,11 +312,12 @@ class FoPEConfig:
         width = max(head_dim, self.basis_dim)
         if self.num_inv_freq is not None and not 1 <= self.num_inv_freq <= width // 2:
             raise UserError(f"--fope-num-inv-freq is {self.num_inv_freq}; allowed: 1 to {width // 2}")
-        num_kept = int(_frequency_mask(self, head_dim).sum())
+        num_kept = int(frequencies.kept(self, head_dim).sum())
+        floor = functional.floor_frequency(self.train_length, self.floor_ratio)
         if not num_kept:
             raise UserError(
                 f"--fope-train-length is {self.train_length}: no frequency completes {self.floor_ratio:g} "
-                f"cycle(s) in it (floor {self._floor():.3g}, "
+                f"cycle(s) in it (floor {floor:.3g}, "
                 "fastest frequency 1 radian per token); use at least "
                 f"{int(2 * 3.1416 * self.floor_ratio) + 1} tokens"
             )
@@ -328,6 +352,7 @@ class FoPEConfig:
             self.implementation,
             ", ".join(IMPLEMENTATIONS),
         )
+        require(self.growth in GROWTHS, "--fope-growth", self.growth, ", ".join(GROWTHS))
         require(self.padding in PADDINGS, "--fope-padding", self.padding, ", ".join(PADDINGS))
         require(self.scaling in SCALINGS, "--fope-scaling", self.scaling, ", ".join(SCALINGS))
         require(0 <= self.seed < 2**63, "--fope-seed", self.seed, "0 to 2^63 - 1")
@@ -347,64 +372,3 @@ class FoPEConfig:
                 "--fope-learnable is given with coefficients shared by all layers; allowed: "
                 "--no-fope-shared-layers (each layer then learns its own)"
             )
-
-    def _floor(self) -> float:
-        return functional.floor_frequency(self.train_length, self.floor_ratio)
-
-    def _layer_seed(self, stack: str, layer: int) -> int:
-        if self.shared_layers:
-            return self.seed
-        digest = hashlib.sha256(f"{self.seed}/{stack}/{layer}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _scaled(config: FoPEConfig, inv_freq: Tensor, dim: int) -> Tensor:
-    match config.scaling:
-        case "pi":
-            return functional.interpolate_frequencies(inv_freq, config.original_length / config.train_length)
-        case "linear":
-            return inv_freq / config.scaling_factor
-        case "yarn":
-            return functional.yarn_frequencies(
-                inv_freq,
-                dim,
-                config.rotary_base,
-                original_length=config.original_length,
-                scale=config.scaling_factor,
-                beta_fast=config.yarn_beta_fast,
-                beta_slow=config.yarn_beta_slow,
-                extrapolation_factor=config.yarn_extrapolation_factor,
-            )
-        case "llama3":
-            return functional.llama3_frequencies(
-                inv_freq, original_length=config.original_length, scale=config.scaling_factor
-            )
-    return inv_freq
-
-
-def _frequency_mask(config: FoPEConfig, head_dim: int) -> Tensor:
-    """``[dim / 2]`` bool; always decided in float32, so that exact angles do not change shapes."""
-    dim = max(head_dim, config.basis_dim)
-    inv_freq = functional.inverse_frequencies(dim, config.rotary_base)
-    if config.scaling_before_clip:
-        inv_freq = _scaled(config, inv_freq, dim)
-    return functional.frequency_mask(
-        inv_freq,
-        config._floor() if config.clip else None,
-        strict=config.strict_floor,
-        num_inv_freq=config.num_inv_freq,
-    )
-
-
-@functools.lru_cache(maxsize=32)
-def _inv_freq(config: FoPEConfig, head_dim: int) -> Tensor:
-    config.check_model(head_dim)
-    dim = max(head_dim, config.basis_dim)
-    dtype = torch.float64 if config.exact_angles else torch.float32
-    inv_freq = functional.inverse_frequencies(dim, config.rotary_base, dtype)
-    keep = _frequency_mask(config, head_dim)
-    if config.scaling_before_clip:
-        inv_freq = torch.where(keep, _scaled(config, inv_freq, dim), 0)
-    else:
-        inv_freq = _scaled(config, torch.where(keep, inv_freq, 0), dim)
-    return inv_freq[keep] if config.drop_clipped else inv_freq

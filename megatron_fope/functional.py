@@ -225,6 +225,16 @@ def init_coefficients(
     Raises:
         ValueError: unknown ``init``.
     """
+    coefficients = random_coefficients(shape, init, gain, generator)
+    if init.startswith("eye"):
+        coefficients += step_eye(*shape[-2:])
+    return coefficients
+
+
+def random_coefficients(
+    shape: tuple[int, ...], init: str, gain: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """:func:`init_coefficients` without the identity."""
     coefficients = torch.zeros(shape, dtype=torch.float32, device="cpu")
     match init:
         case "eye":
@@ -241,8 +251,6 @@ def init_coefficients(
             torch.nn.init.xavier_uniform_(coefficients, 1.0, generator)
         case _:
             raise ValueError(f"init is {init!r}; allowed: {', '.join(INITIALIZATIONS)}")
-    if init.startswith("eye"):
-        coefficients += step_eye(*shape[-2:])
     return coefficients
 
 
@@ -259,54 +267,6 @@ def normalize_coefficients(coefficients: Tensor) -> Tensor:
         Same shape; every column sums to one.
     """
     return coefficients / coefficients.sum(dim=-2, keepdim=True)
-
-
-def grow_coefficients(
-    old: Tensor,
-    d_in: int,
-    d_out: int,
-    *,
-    expand: bool = True,
-    gain: float = 0.3,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Fit trained coefficients to another basis, by the authors' rule.
-
-    ``olmo/checkpoint.py: FullCheckpointer.restore_checkpoint``. Growing keeps the old block and fills the
-    rest with fresh ``eye_xavier_norm`` values (``expand``) or zeros; shrinking cuts. Known weaknesses of
-    the rule when ``d_in > d_out`` or ``d_in`` changes: some outputs get two identity entries, and without
-    ``expand`` new outputs are zero, which erases their channels.
-
-    Args:
-        old: ``[..., d_in_old, d_out_old]`` float32.
-        d_in: new number of frequencies.
-        d_out: new number of series.
-        expand: fill new entries as at initialisation instead of with zeros.
-        gain: gain of the new entries.
-        generator: CPU generator; None uses torch's global one, as the authors do.
-
-    Returns:
-        ``[..., d_in, d_out]`` float32, a new tensor.
-
-    Raises:
-        ValueError: one dimension grows while the other shrinks.
-    """
-    old_in, old_out = old.shape[-2:]
-    if old_in >= d_in and old_out >= d_out:
-        return old[..., :d_in, :d_out].clone()
-    if old_in > d_in or old_out > d_out:
-        raise ValueError(
-            f"coefficients {old_in} x {old_out} cannot become {d_in} x {d_out}: one side grows, the other "
-            "shrinks"
-        )
-    shape = (*old.shape[:-2], d_in, d_out)
-    new = (
-        init_coefficients(shape, "eye_xavier_norm", gain, generator)
-        if expand
-        else torch.zeros(shape, device="cpu")
-    )
-    new[..., :old_in, :old_out] = old
-    return new
 
 
 # Tables -----------------------------------------------------------------------------------------------

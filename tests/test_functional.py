@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_fope import functional
+from megatron_fope import functional, growth
 from megatron_fope.config import FoPEConfig
 
 
@@ -154,4 +154,4 @@ def test_llama3_scaling_is_megatrons() -> None:
 
 def test_growth_refuses_what_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"18 x 16 cannot become 20 x 14"):
-        functional.grow_coefficients(torch.zeros(18, 16), 20, 14)
+        growth.grow_upstream(torch.zeros(18, 16), 20, 14)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fope import functional
+from megatron_fope import functional, growth
 from megatron_fope.config import FoPEConfig
 
 GOLDEN = Path(os.environ.get("MEGATRON_FOPE_GOLDEN", Path(__file__).parent / "golden"))
@@ -223,11 +223,9 @@ def test_growth_by_the_authors_rule(case: Case) -> None:
     generator = torch.Generator().manual_seed(int(seed.split("manual_seed(")[1].split(")")[0]))
     for key in keys:  # in the checkpoint's order, which is that of the random stream
         old = case[f"old/{key}"]
-        plain = functional.grow_coefficients(old, c["d_in_new"], c["d_out_new"], expand=False)
+        plain = growth.grow_upstream(old, c["d_in_new"], c["d_out_new"], expand=False)
         assert torch.equal(plain, case[f"noexpand/{key}"])
-        grown = functional.grow_coefficients(
-            old, c["d_in_new"], c["d_out_new"], gain=c["gain"], generator=generator
-        )
+        grown = growth.grow_upstream(old, c["d_in_new"], c["d_out_new"], gain=c["gain"], generator=generator)
         expected = case[f"expand/{key}"]
         kept = (..., slice(old.size(-2)), slice(old.size(-1)))
         assert grown.shape == expected.shape and torch.equal(grown[kept], expected[kept])
