@@ -7,7 +7,6 @@ import dataclasses
 import functools
 from typing import Any
 
-from megatron_fope.attention import check_host_config
 from megatron_fope.config import GROWTHS, IMPLEMENTATIONS, PADDINGS, PROFILES, SCALINGS, FoPEConfig, flag
 from megatron_fope.errors import UserError, exit_on_user_error
 from megatron_fope.functional import INITIALIZATIONS
@@ -226,6 +225,8 @@ def check_before_megatron(args: Any) -> None:
                 f"{args.position_embedding_type!r}; allowed with: {FOPE}"
             )
         return
+    from megatron_fope.attention import check_host_config  # imports Megatron, which other commands need not
+
     rope_fusion, args.apply_rope_fusion = getattr(args, "apply_rope_fusion", False), False
     check_host_config(args)
     args.apply_rope_fusion = rope_fusion
