@@ -58,7 +58,7 @@ def load_base_checkpoint(original: Callable, load_dir: Any, args: Any, options: 
             check_against_checkpoint(args, stored, load_dir)
         return result
     if options.get("rank0", False):
-        return loading.agree(lambda: loading.read_arguments(options))
+        return loading.read_arguments(options)
     return loading.read_tensors(options)
 
 
@@ -81,6 +81,15 @@ class _Loading:
         return getattr(self.args, "ckpt_step", None) or tracked_iteration(self.load_dir)
 
     def read_arguments(self, options: dict[str, Any]) -> Any:
+        def check_files() -> None:
+            # PyTorch logs a traceback of its own about a file that it cannot read.
+            if self.step is not None and _is_rank0():
+                _refuse_damage(self.load_dir, self.step)
+
+        self.agree(check_files)
+        return self.agree(lambda: self._read_arguments(options))
+
+    def _read_arguments(self, options: dict[str, Any]) -> Any:
         result = self._call(options)
         stored = result[0].get("args") if result[0] else None
         if stored is not None and self.validated:
@@ -91,7 +100,7 @@ class _Loading:
         template = options.get("sharded_state_dict")
         names = _coefficient_names(template)
         if names and getattr(self.args, "fope_start_from_rope", None):
-            state = self.agree(lambda: self.read_arguments({"rank0": True}))[0]
+            state = self.read_arguments({"rank0": True})[0]
             if starts_from_rope(self.args, (state or {}).get("args"), self.asked):
                 template = _without(names, template)
                 options = {**options, "sharded_state_dict": template}
@@ -163,9 +172,7 @@ def _check_files(load_dir: Any, step: int | str, keys: list[str], args: Any) -> 
             f"finish; loading iteration {step}",
             flush=True,
         )
-    damage = find_damage(load_dir, step, expected=keys)
-    if damage is not None:
-        raise UserError(damage)
+    _refuse_damage(load_dir, step, keys)
     if is_legacy(load_dir, step):
         stored = read_stored_args(load_dir, step)
         if stored is not None:
@@ -174,6 +181,12 @@ def _check_files(load_dir: Any, step: int | str, keys: list[str], args: Any) -> 
         missing = find_missing_legacy_file(load_dir, step, *sizes)
         if missing is not None:
             raise UserError(missing)
+
+
+def _refuse_damage(load_dir: Any, step: int | str, keys: Iterable[str] = ()) -> None:
+    damage = find_damage(load_dir, step, expected=keys)
+    if damage is not None:
+        raise UserError(damage)
 
 
 def _settle_coefficients(state: Any, names: dict[str, list[str]], args: Any, load_dir: Any) -> None:

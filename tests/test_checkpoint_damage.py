@@ -144,12 +144,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-TRACED = pytest.mark.xfail(reason="PyTorch logs a traceback of its own in front of the one line")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=TRACED) if n.startswith("table of contents") else n for n in DAMAGES]
-)
+@pytest.mark.parametrize("name", DAMAGES)
 def test_damage(name: str, trainer: Trainer, whole: Run) -> None:
     damage, start, part = DAMAGES[name]
     line = refusal(name, whole, damage, trainer)
@@ -174,7 +169,6 @@ def test_an_iteration_that_was_never_saved(trainer: Trainer, whole: Run) -> None
     assert line.startswith("iter_0000003 does not exist") and "--ckpt-step: 2, 4" in line
 
 
-@pytest.mark.xfail(reason="--use-checkpoint-args reads the file before our loader: Megatron's own error")
 def test_damage_before_the_arguments_are_known(trainer: Trainer, whole: Run) -> None:
     line = refusal("arguments", whole, cut(DATA), trainer, "--use-checkpoint-args")
     assert line.startswith(f"{DATA} is cut off: ")
