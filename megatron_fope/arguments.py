@@ -18,6 +18,18 @@ FOPE = "fope"
 START_FROM_ROPE = "--fope-start-from-rope"
 """Continues a RoPE model; a choice of one run, not a setting of the model."""
 
+STARTS = ("immediate", "function-preserving", "clip-only")
+"""Ways to continue a RoPE model: the paper's, :mod:`megatron_fope.anneal`, RoPE without slow frequencies."""
+
+GROW = "--fope-grow"
+"""Continues a FoPE model with a longer train length; a choice of one run, too."""
+
+CHANGE_BASE = "--fope-change-rotary-base"
+"""Goes with both: accepts another base than the checkpoint's."""
+
+_CLIP_ONLY = {"init": "identity", "square": True, "padding": "0,1"}
+"""Defaults under the start clip-only: every kept frequency in its channels, the others as if it were zero."""
+
 FIELDS = [field for field in dataclasses.fields(FoPEConfig) if field.name != "rotary_base"]
 """Every field of the configuration is a flag ``--fope-<field>``; the base is Megatron's ``--rotary-base``."""
 
@@ -32,8 +44,10 @@ _HELP: dict[str, str] = {
     "1.2B parameters).",
     "seed": "Seed of the coefficients; independent of --seed and of the parallel layout.",
     "init": "Initialisation of the coefficients.",
-    "growth": "How coefficients grow with the train length: 'aligned' gives every output that carries nothing "
-    "a new frequency, 'upstream' is the authors' rule, 'upstream-zeros' the same without random numbers.",
+    "growth": "How coefficients grow with the train length: 'aligned' gives every output that carries "
+    "nothing a frequency, 'upstream' is the authors' rule, 'upstream-zeros' the same without random numbers.",
+    "anneal_iters": f"Iterations of {START_FROM_ROPE} function-preserving, >= 1, in which RoPE becomes FoPE; "
+    "give both until the end of them.",
     "floor_ratio": "Multiplies the clipping floor 2 pi / L: 2 drops everything below two cycles in L.",
     "num_inv_freq": "Keep exactly the first so many frequencies and ignore the floor. Default: by the floor.",
     "clip": "Clip slow frequencies at all.",
@@ -99,11 +113,32 @@ def add_fope_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument(
         START_FROM_ROPE,
         dest="fope_start_from_rope",
+        nargs="?",
+        const="immediate",
+        default=None,
+        metavar="{" + " ".join(STARTS) + "}",
+        help="Accept a checkpoint of a RoPE model in --load or --pretrained-checkpoint: the coefficients are "
+        "fresh, everything else comes from it. 'immediate' (also without a word): FoPE at once, as the paper "
+        "does. 'function-preserving': the first forward pass is the RoPE model's, and FoPE comes in over "
+        "--fope-anneal-iters. 'clip-only': RoPE without the frequencies below the floor, no mixing (defaults "
+        "--fope-init identity, --fope-square, --fope-padding 0,1). Without effect on FoPE checkpoints, so a "
+        "job that restarts may keep it. Learnable coefficients need --no-load-optim or --finetune too.",
+    )
+    group.add_argument(
+        GROW,
+        dest="fope_grow",
         action="store_true",
         default=None,
-        help="Accept a checkpoint of a RoPE model in --load or --pretrained-checkpoint: the coefficients are "
-        "fresh, everything else comes from it. Without effect on FoPE checkpoints, so a job that restarts "
-        "may keep it. Learnable coefficients need --no-load-optim or --finetune too.",
+        help="Accept a FoPE checkpoint of a smaller --fope-train-length, or of other --fope-scaling flags: "
+        "its coefficients grow as --fope-growth says. Without effect on a checkpoint of this length, so a "
+        "job that restarts may keep it. Learnable coefficients need --no-load-optim or --finetune too.",
+    )
+    group.add_argument(
+        CHANGE_BASE,
+        dest="fope_change_rotary_base",
+        action="store_true",
+        default=None,
+        help=f"Accept another --rotary-base than that of the checkpoint under {START_FROM_ROPE} or {GROW}.",
     )
     return parser
 
@@ -145,12 +180,24 @@ def fope_config_from_args(args: Any) -> FoPEConfig:
     given = given_fope_arguments(args)
     profile = given.pop("profile", "paper")
     train_length = given.pop("train_length", args.seq_length)
+    if getattr(args, "fope_start_from_rope", None) == "clip-only":
+        given = _CLIP_ONLY | given
     if getattr(args, "use_rope_scaling", False) and "scaling" not in given:
         # What RoPE would do under the same flag (megatron.core RotaryEmbedding, 8192 is built in there).
         given |= {"scaling": "llama3", "scaling_factor": args.rope_scaling_factor, "original_length": 8192}
     return FoPEConfig.from_profile(
         profile, train_length=train_length, rotary_base=float(args.rotary_base), **given
     )
+
+
+def fope_config_of_checkpoint(stored: Any, args: Any) -> FoPEConfig:
+    """FoPE's settings of a checkpoint from its arguments, the run's where an older one lacks a name.
+
+    Raises:
+        UserError: a value outside what is allowed.
+    """
+    common = {"rotary_base": args.rotary_base, "seq_length": None}
+    return fope_config_from_args(argparse.Namespace(**common | vars(stored)))
 
 
 def resolve_fope_arguments(args: Any, config: FoPEConfig | None = None) -> None:
@@ -167,7 +214,7 @@ def resolve_fope_arguments(args: Any, config: FoPEConfig | None = None) -> None:
     Raises:
         UserError: a value outside what is allowed, or one that does not fit the model.
     """
-    head_dim = _head_dim(args)
+    head_dim = head_dim_of(args)
     if args.position_embedding_type != FOPE or head_dim is None or not args.seq_length:
         return
     config = config or fope_config_from_args(args)
@@ -180,7 +227,7 @@ def resolve_fope_arguments(args: Any, config: FoPEConfig | None = None) -> None:
     check_available(config.implementation)
 
 
-def _head_dim(args: Any) -> int | None:
+def head_dim_of(args: Any) -> int | None:
     """Channels of a head that are rotated; None while the model's size is not known."""
     if getattr(args, "multi_latent_attention", False):
         return args.qk_pos_emb_head_dim
@@ -216,8 +263,9 @@ def check_before_megatron(args: Any) -> None:
     """
     if args.position_embedding_type != FOPE:
         given = given_fope_arguments(args)
-        if getattr(args, "fope_start_from_rope", None):
-            given["start_from_rope"] = True
+        for name in ("start_from_rope", "grow", "change_rotary_base"):
+            if getattr(args, f"fope_{name}", None):
+                given[name] = getattr(args, f"fope_{name}")
         if given:
             name, value = next(iter(given.items()))
             raise UserError(
@@ -227,6 +275,7 @@ def check_before_megatron(args: Any) -> None:
         return
     from megatron_fope.attention import check_host_config  # imports Megatron, which other commands need not
 
+    _check_start_flags(args)
     rope_fusion, args.apply_rope_fusion = getattr(args, "apply_rope_fusion", False), False
     check_host_config(args)
     args.apply_rope_fusion = rope_fusion
@@ -254,6 +303,29 @@ def check_before_megatron(args: Any) -> None:
             "defined; allowed: --context-parallel-size 1"
         )
     _check_layout(args)
+
+
+def _check_start_flags(args: Any) -> None:
+    """Refuse a start that does not exist or that other flags contradict."""
+    start, given = getattr(args, "fope_start_from_rope", None), given_fope_arguments(args)
+    if start is not None and start not in STARTS:
+        raise UserError(f"{START_FROM_ROPE} is {start!r}; allowed: {', '.join(STARTS)}")
+    iterations = given.get("anneal_iters", 0)
+    if start == "function-preserving":
+        if iterations < 1:
+            raise UserError(
+                f"{flag('anneal_iters')} is {iterations}; {START_FROM_ROPE} {start} needs at least 1"
+            )
+    elif iterations:
+        raise UserError(
+            f"{flag('anneal_iters')} is {iterations}; allowed with: {START_FROM_ROPE} function-preserving"
+        )
+    if start == "clip-only":
+        for name, allowed in (("init", "identity"), ("clip", True), ("drop_clipped", True)):
+            if given.get(name, allowed) != allowed:
+                raise UserError(
+                    f"{flag(name)} is {given[name]!r}; {START_FROM_ROPE} {start} needs {allowed!r}"
+                )
 
 
 def _check_attention(args: Any) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
+from megatron_fope.anneal import is_annealed
 from megatron_fope.arguments import (
     FIELDS,
     FOPE,
+    GROW,
     START_FROM_ROPE,
     fope_config_from_args,
+    fope_config_of_checkpoint,
     given_fope_arguments,
+)
+from megatron_fope.checkpoint_starts import (
+    check_outgrown,
+    check_rope_start,
+    outgrown_config,
+    starts_from_rope,
 )
 from megatron_fope.config import FoPEConfig, flag
 from megatron_fope.errors import UserError
@@ -41,43 +49,33 @@ def adopt_checkpoint_arguments(args: Any, checkpoint_args: Any, where: str, aske
     if getattr(checkpoint_args, "position_embedding_type", None) != FOPE:
         return
     given = given_fope_arguments(args)
+    growing = getattr(args, "fope_grow", None)
     for field in FIELDS:
         stored = getattr(checkpoint_args, f"fope_{field.name}", None)
         if stored is None or field.name in FoPEConfig.RUN_ONLY:
             continue
         value = given.get(field.name, stored)
+        if growing and field.name in given:
+            continue  # what may grow is checked when the checkpoint is loaded
         if value != stored and field.name == "learnable" and args.finetune:
             continue  # keep what was asked for: a new run may start or stop learning
         if value != stored and field.name not in FoPEConfig.FRESH_ONLY:
             _refuse_difference(flag(field.name), value, stored, where)
         setattr(args, f"fope_{field.name}", stored)
+    if args.fope_anneal_iters and getattr(args, "fope_start_from_rope", None) is None:
+        args.fope_start_from_rope = "function-preserving"
 
 
-def check_start(args: Any) -> None:
-    """Refuse to continue a RoPE model that is nowhere: Megatron would start from random weights.
-
-    Raises:
-        UserError: naming the folders.
-    """
-    if args.position_embedding_type != FOPE or not getattr(args, "fope_start_from_rope", None):
-        return
-    from megatron.training.checkpointing import checkpoint_exists
-
-    folders = [args.load, getattr(args, "pretrained_checkpoint", None)]
-    if getattr(args, "non_persistent_ckpt_type", None) is None and not any(map(checkpoint_exists, folders)):
-        given = (
-            " or ".join(str(folder) for folder in folders if folder) or "--load or --pretrained-checkpoint"
-        )
-        raise UserError(f"{START_FROM_ROPE} is given, but there is no checkpoint in {given}")
-
-
-def check_against_checkpoint(args: Any, checkpoint_args: Any, where: str, *, release: bool = False) -> None:
+def check_against_checkpoint(
+    args: Any, checkpoint_args: Any, where: str, *, iteration: int = 0, release: bool = False
+) -> None:
     """Refuse to load coefficients that other settings made, or weights of another shape.
 
     Args:
         args: Megatron's validated arguments.
         checkpoint_args: the arguments stored in the checkpoint.
         where: its folder, for messages.
+        iteration: its iteration.
         release: it is a "release" checkpoint, of which Megatron takes the weights only.
 
     Raises:
@@ -88,17 +86,21 @@ def check_against_checkpoint(args: Any, checkpoint_args: Any, where: str, *, rel
         check_position_type(args.position_embedding_type, checkpoint_args, where)
     if args.position_embedding_type != FOPE:
         return
+    outgrown = outgrown_config(args, checkpoint_args)
     if from_rope:
-        _check_rope_start(args, checkpoint_args, where, release)
+        check_rope_start(args, checkpoint_args, where, release)
+    elif outgrown is not None:
+        check_outgrown(args, checkpoint_args, where, iteration, release)
     else:
-        _check_settings(args, checkpoint_args, where)
+        _check_settings(args, checkpoint_args, where, iteration)
     shapes = {
         "kv_channels": "--kv-channels",
         "qk_pos_emb_head_dim": "--qk-pos-emb-head-dim",
         "num_attention_heads": "--num-attention-heads",
-        "fope_kept_frequencies": "number of kept frequencies",
-        "fope_series": "number of Fourier series",
     }
+    if outgrown is None:
+        shapes["fope_kept_frequencies"] = "number of kept frequencies"
+        shapes["fope_series"] = "number of Fourier series"
     values = [
         (text, getattr(args, name, None), getattr(checkpoint_args, name, None))
         for name, text in shapes.items()
@@ -136,58 +138,33 @@ def check_position_type(asked: str | None, checkpoint_args: Any, where: str) -> 
         _refuse_difference("--position-embedding-type", asked, stored, where, hint)
 
 
-def starts_from_rope(args: Any, checkpoint_args: Any, asked: str | None) -> bool:
-    """Whether the run asks to continue a RoPE checkpoint with FoPE, and this is one.
-
-    Args:
-        args: Megatron's arguments.
-        checkpoint_args: the arguments stored in the checkpoint.
-        asked: the position embedding type that the run asks for.
-    """
-    wanted = asked == FOPE and getattr(args, "fope_start_from_rope", None)
-    return bool(wanted) and getattr(checkpoint_args, "position_embedding_type", None) == "rope"
-
-
-def _check_settings(args: Any, checkpoint_args: Any, where: str) -> None:
+def _check_settings(args: Any, checkpoint_args: Any, where: str, iteration: int) -> None:
     config = fope_config_from_args(args)
-    stored_config = fope_config_from_args(_with_defaults(checkpoint_args, args))
+    stored_config = fope_config_of_checkpoint(checkpoint_args, args)
     differences = config.differences(stored_config)
     if args.finetune:
         differences.pop("learnable", None)  # a new run may start or stop learning; the numbers are the same
+    if is_annealed(checkpoint_args, iteration):
+        differences.pop("anneal_iters", None)
     if differences and config.profile != stored_config.profile:
         _refuse_difference("--fope-profile", config.profile, stored_config.profile, where)
     for field, (value, stored) in differences.items():
-        _refuse_difference("--rotary-base" if field == "rotary_base" else flag(field), value, stored, where)
+        name = "--rotary-base" if field == "rotary_base" else flag(field)
+        _refuse_difference(name, value, stored, where, _hint(field, value, stored))
 
 
-def _check_rope_start(args: Any, checkpoint_args: Any, where: str, release: bool) -> None:
-    """Coefficients that learn need an optimizer state, which a RoPE checkpoint does not have."""
-    if not getattr(args, "fope_learnable", None):
-        return
-    without_state = (args.finetune, args.no_load_optim, getattr(checkpoint_args, "no_save_optim", False))
-    if not release and not any(without_state):
-        raise UserError(
-            f"--fope-learnable is given, but the RoPE checkpoint in {where} has no optimizer state for the "
-            "coefficients; allowed: with --no-load-optim or --finetune"
-        )
-    if getattr(args, "load_main_params_from_ckpt", False):
-        raise UserError(
-            f"--load-main-params-from-ckpt is given, but the RoPE checkpoint in {where} has no learnable "
-            "coefficients; leave it out"
-        )
+def _hint(field: str, value: Any, stored: Any) -> str:
+    if field == "anneal_iters":
+        return f" and is in the middle; give {START_FROM_ROPE} function-preserving {flag(field)} {stored}"
+    if field == "train_length" and value > stored:
+        return f"; {GROW} grows the coefficients"
+    return ""
 
 
 def _num_kv_heads(args: Any) -> int | None:
     """Megatron leaves ``num_query_groups`` at 1 without ``--group-query-attention`` and ignores it."""
     grouped = getattr(args, "group_query_attention", False)
     return getattr(args, "num_query_groups" if grouped else "num_attention_heads", None)
-
-
-def _with_defaults(checkpoint_args: Any, args: Any) -> argparse.Namespace:
-    """A checkpoint's arguments, completed by the run's where an older one lacks a name."""
-    return argparse.Namespace(
-        **{"rotary_base": args.rotary_base, "seq_length": None, **vars(checkpoint_args)}
-    )
 
 
 def _refuse_difference(name: str, value: Any, stored: Any, where: str, hint: str = "") -> None:

@@ -2,17 +2,20 @@
 
 Megatron reads a checkpoint's arguments first and its tensors later, both through one function, which
 :func:`load_base_checkpoint` wraps. Coefficients come from the file completely or, for a model that was
-trained with RoPE and on request, not at all.
+trained with RoPE and on request, not at all. On request those of a shorter train length are read as they are
+and grown by the layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from megatron_fope.arguments import FOPE, START_FROM_ROPE, fope_config_from_args
+from megatron_fope import anneal
+from megatron_fope.arguments import FOPE, GROW, START_FROM_ROPE, fope_config_from_args, head_dim_of
 from megatron_fope.checkpoint import (
     describe_error,
     find_damage,
@@ -28,9 +31,10 @@ from megatron_fope.checkpoint_arguments import (
     check_against_checkpoint,
     check_legacy_layout,
     position_type_if_given,
-    starts_from_rope,
 )
-from megatron_fope.embedding import KEEP
+from megatron_fope.checkpoint_starts import begin_annealing, outgrown_config, starts_from_rope
+from megatron_fope.config import FoPEConfig
+from megatron_fope.embedding import KEEP, Outgrown
 from megatron_fope.errors import UserError
 
 
@@ -93,17 +97,22 @@ class _Loading:
         result = self._call(options)
         stored = result[0].get("args") if result[0] else None
         if stored is not None and self.validated:
-            check_against_checkpoint(self.args, stored, self.load_dir, release=result[2])
+            self._check_settings(result)
         return result
 
     def read_tensors(self, options: dict[str, Any]) -> Any:
         template = options.get("sharded_state_dict")
         names = _coefficient_names(template)
-        if names and getattr(self.args, "fope_start_from_rope", None):
+        starting = (getattr(self.args, f"fope_{name}", None) for name in ("start_from_rope", "grow"))
+        if names and any(starting):
             state = self.read_arguments({"rank0": True})[0]
-            if starts_from_rope(self.args, (state or {}).get("args"), self.asked):
+            stored = (state or {}).get("args")
+            outgrown = outgrown_config(self.args, stored)
+            if starts_from_rope(self.args, stored, self.asked):
                 template = _without(names, template)
-                options = {**options, "sharded_state_dict": template}
+            elif outgrown is not None:
+                template = _with_shape_of(outgrown, names, template, self.args)
+            options = {**options, "sharded_state_dict": template}
         keys = _keys(template, names)
 
         def check_files() -> None:
@@ -116,14 +125,22 @@ class _Loading:
             result = self._call(options, keys)
             state, _, release, kind = result[:4]
             if state and state.get("args") is not None:
-                check_against_checkpoint(self.args, state["args"], self.load_dir, release=release)
+                self._check_settings(result)
                 legacy = getattr(kind, "name", None) == "LEGACY"
                 wanted = _names_beside_attention(state, self.args) if legacy else names
+                _settle_annealing(state, self.args, release)
                 _settle_coefficients(state, wanted, self.args, self.load_dir)
             return result
 
         self.agree(check_files)
         return self.agree(read)
+
+    def _check_settings(self, result: Any) -> None:
+        state, release = result[0], result[2]
+        iteration = state.get("iteration", 0)
+        check_against_checkpoint(
+            self.args, state["args"], self.load_dir, iteration=iteration, release=release
+        )
 
     def _call(self, options: dict[str, Any], keys: Iterable[str] = ()) -> Any:
         """Call Megatron; an error that damaged files explain becomes one line."""
@@ -190,30 +207,79 @@ def _refuse_damage(load_dir: Any, step: int | str, keys: Iterable[str] = ()) -> 
 
 
 def _settle_coefficients(state: Any, names: dict[str, list[str]], args: Any, load_dir: Any) -> None:
-    """Make sure that every coefficient was in the file, or mark those that shall stay as they are."""
+    """Make sure that every coefficient was in the file; mark those that stay and those that grow."""
     from_rope = starts_from_rope(args, state["args"], FOPE)
+    outgrown = None if from_rope else outgrown_config(args, state["args"])
     for part, wanted in names.items():
         for name in wanted:
             if from_rope:
                 state[part][name] = KEEP
             elif name not in state.get(part, {}):
                 raise UserError(f"the checkpoint in {load_dir} has no {name}; load one that is complete")
-    if not getattr(args, "fope_start_from_rope", None) or not _is_rank0():
-        return
-    if not from_rope:
-        print(
-            f"> FoPE: {START_FROM_ROPE} has no effect: {load_dir} holds coefficients, which are loaded",
-            flush=True,
-        )
-        return
+            elif outgrown is not None:
+                state[part][name] = Outgrown(state[part][name], outgrown)
+    for line in _start_notes(state["args"], args, load_dir, from_rope, outgrown) if _is_rank0() else ():
+        print(f"> FoPE: {line}", flush=True)
+
+
+def _start_notes(
+    stored: Any, args: Any, load_dir: Any, from_rope: bool, outgrown: FoPEConfig | None
+) -> Iterator[str]:
+    """What the flags about a start have done, one line each."""
     config = fope_config_from_args(args)
-    base = getattr(state["args"], "rotary_base", config.rotary_base)
-    note = "" if base == config.rotary_base else f" with --rotary-base {base}"
-    print(
-        f"> FoPE: the coefficients are fresh (seed {config.seed}): {load_dir} is a RoPE model{note}; "
-        "everything else is loaded from it",
-        flush=True,
-    )
+    weight = anneal.current_weight(config.anneal_iters)
+    base = getattr(stored, "rotary_base", config.rotary_base)
+    if from_rope:
+        note = "" if base == config.rotary_base else f" with --rotary-base {base}"
+        yield (
+            f"the coefficients are fresh (seed {config.seed}): {load_dir} is a RoPE model{note}; everything "
+            "else is loaded from it"
+        )
+    elif weight == 1 and getattr(args, "fope_start_from_rope", None):
+        yield f"{START_FROM_ROPE} has no effect: {load_dir} holds coefficients, which are loaded"
+    if outgrown is not None:
+        sizes = [
+            f"{getattr(of, 'fope_kept_frequencies', '?')} x {getattr(of, 'fope_series', '?')}"
+            for of in (stored, args)
+        ]
+        yield (
+            f"the coefficients grow ({config.growth}) from train length {outgrown.train_length} to "
+            f"{config.train_length}, {sizes[0]} to {sizes[1]}; everything else is loaded from {load_dir}"
+        )
+        if base != config.rotary_base:
+            yield f"the rotary base changes from {base:g} to {config.rotary_base:g}"
+    elif getattr(args, "fope_grow", None):
+        why = "is a RoPE model" if from_rope else f"has train length {config.train_length} already"
+        yield f"{GROW} has no effect: {load_dir} {why}"
+    if weight < 1:
+        yield (
+            f"FoPE's weight against RoPE is {weight:g}, and 1 in {config.anneal_iters} iterations from "
+            f"iteration {args.fope_anneal_start}"
+        )
+
+
+def _settle_annealing(state: Any, args: Any, release: bool) -> None:
+    from_rope = starts_from_rope(args, state["args"], FOPE)
+    begin_annealing(args, state["args"], state.get("iteration", 0), from_rope=from_rope, release=release)
+
+
+def _with_shape_of(
+    outgrown: FoPEConfig, names: dict[str, list[str]], template: Any, args: Any
+) -> dict[str, Any]:
+    """A state dict that asks for the coefficients of another train length."""
+    head_dim = head_dim_of(args)
+    matrix = (outgrown.d_in(head_dim), outgrown.d_out(head_dim))
+
+    def resized(tensor: Any) -> Any:
+        local, whole = ((*shape[:-2], *matrix) for shape in (tensor.local_shape, tensor.global_shape))
+        data = tensor.data.new_empty(local)
+        return dataclasses.replace(tensor, data=data, local_shape=local, global_shape=whole)
+
+    parts = {
+        part: {name: resized(t) if name in wanted else t for name, t in template[part].items()}
+        for part, wanted in names.items()
+    }
+    return {**template, **parts}
 
 
 def _parts(state: Any) -> list[str]:

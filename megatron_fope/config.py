@@ -101,6 +101,8 @@ class FoPEConfig:
     """One of :data:`megatron_fope.functional.INITIALIZATIONS`."""
     growth: str = "aligned"
     """One of :data:`GROWTHS`; only looked at when the training length grows."""
+    anneal_iters: int = 0
+    """Iterations from the RoPE model to this one (:mod:`megatron_fope.anneal`); 0: FoPE at once."""
     learnable: bool = False
     """Train the coefficients. The paper and all published models keep them frozen."""
     padding: str = "1,1"
@@ -352,6 +354,7 @@ class FoPEConfig:
             self.implementation,
             ", ".join(IMPLEMENTATIONS),
         )
+        require(self.anneal_iters >= 0, "--fope-anneal-iters", self.anneal_iters, "0 or more")
         require(self.growth in GROWTHS, "--fope-growth", self.growth, ", ".join(GROWTHS))
         require(self.padding in PADDINGS, "--fope-padding", self.padding, ", ".join(PADDINGS))
         require(self.scaling in SCALINGS, "--fope-scaling", self.scaling, ", ".join(SCALINGS))

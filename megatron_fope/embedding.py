@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_fope import compat, functional, implementation
+from megatron_fope.anneal import Interpolation
 from megatron_fope.config import FoPEConfig
+from megatron_fope.growth import grow_coefficients
 from megatron_fope.positions import local_positions
+from megatron_fope.precision import KeepsPrecision
 from megatron_fope.sharing import representative
 
 ROTATION_PATH = "PyTorch, float32 arithmetic"
@@ -24,7 +28,16 @@ KEEP = object()
 """In place of a coefficient tensor in a state dict: loading it keeps the numbers that the module has."""
 
 
-class FourierEmbedding(MegatronModule):
+@dataclass(frozen=True)
+class Outgrown:
+    """In place of a coefficient tensor in a state dict: what a model of a shorter training length had."""
+
+    value: Tensor
+    fope: FoPEConfig
+    """Settings that ``value`` belongs to."""
+
+
+class FourierEmbedding(KeepsPrecision, MegatronModule):
     """FoPE for one attention layer, under any tensor-parallel layout.
 
     Every rank keeps the coefficients of all KV heads (a few hundred KB per layer) and uses its own slice:
@@ -60,6 +73,7 @@ class FourierEmbedding(MegatronModule):
         self.tp_group = tp_group
         self.head_dim = head_dim or config.kv_channels
         self.num_kv_heads = num_kv_heads or config.num_query_groups
+        self.layer, self.stack = layer, stack
         self.register_buffer("inv_freq", fope.inv_freq(self.head_dim), persistent=False)
         coefficients = fope.make_coefficients(self.num_kv_heads, self.head_dim, layer=layer, stack=stack)
         for name, value in coefficients.items():
@@ -68,28 +82,30 @@ class FourierEmbedding(MegatronModule):
             else:
                 self.register_buffer(name, value)
         self.coefficient_names = tuple(coefficients)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourierEmbedding:
-        """Move with the model, but stay float32 and bit-equal when it is cast to 16 bit.
-
-        ``Float16Module`` and DeepSpeed cast whole modules, buffers included. A cast there and back would
-        lose bits, so what was cast is put back from the tensor it had before.
-        """
-        before = {name: tensor.data for name, tensor in self._own_tensors()}
-        super()._apply(fn, recurse)
-        for name, tensor in self._own_tensors():
-            if tensor.dtype != before[name].dtype:
-                tensor.data = before[name].to(tensor.device)
-        return self
-
-    def _own_tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self._parameters.items(), *self._buffers.items()]
+        self.interpolation = Interpolation(fope, self.head_dim) if fope.anneal_iters else None
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self._grow(state_dict, prefix)
         for name in self.coefficient_names:
             if state_dict.get(prefix + name) is KEEP:
                 state_dict[prefix + name] = getattr(self, name).detach()
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _grow(self, state_dict: Any, prefix: str) -> None:
+        found = {name: state_dict.get(prefix + name) for name in self.coefficient_names}
+        outgrown = {name: value for name, value in found.items() if isinstance(value, Outgrown)}
+        if not outgrown:
+            return
+        grown = grow_coefficients(
+            {name: entry.value for name, entry in outgrown.items()},
+            next(iter(outgrown.values())).fope,
+            self.fope,
+            self.head_dim,
+            num_kv_heads=self.num_kv_heads,
+            layer=self.layer,
+            stack=self.stack,
+        )
+        state_dict.update({prefix + name: value for name, value in grown.items()})
 
     def coefficients(self, *, shared: bool = False) -> dict[str, Tensor]:
         """This rank's share: ``{name: [local KV heads, D_in, D_out]}`` (``[D_in, D_out]`` when heads share).
@@ -143,15 +159,29 @@ class FourierEmbedding(MegatronModule):
         """
         if self.inv_freq.device != query.device:
             self.to(query.device)  # built on the CPU and not moved with the model; happens once
+        between = self.interpolation
+        if between is not None and not between.active:
+            between = None
         sin_basis, cos_basis = self._basis(
-            query, cp_group, packed_seq_params, inference_context, sequence_len_offset
+            query, cp_group, packed_seq_params, inference_context, sequence_len_offset, between
         )
         chosen = implementation.choose(self.fope.implementation, query.device)
-        coefficients = self.coefficients(shared=chosen.keeps_tables)
-        return chosen.rotate(query, key, sin_basis, cos_basis, coefficients, self.fope)
+        if between is None:
+            coefficients = self.coefficients(shared=chosen.keeps_tables)
+            return chosen.rotate(query, key, sin_basis, cos_basis, coefficients, self.fope)
+        if not _is_capturing():
+            between.update()
+        coefficients = between.coefficients(self.coefficients())
+        return chosen.rotate(query, key, sin_basis, cos_basis, coefficients, between.settings)
 
     def _basis(
-        self, query: Tensor, cp_group: Any, packed: Any, context: Any, offset: Tensor | None
+        self,
+        query: Tensor,
+        cp_group: Any,
+        packed: Any,
+        context: Any,
+        offset: Tensor | None,
+        between: Interpolation | None,
     ) -> tuple[Tensor, Tensor]:
         def build() -> tuple[Tensor, Tensor]:
             positions = local_positions(
@@ -162,12 +192,14 @@ class FourierEmbedding(MegatronModule):
                 sequence_len_offset=offset,
                 device=query.device,
             )
+            if between is not None:
+                return between.basis(positions)
             return functional.fourier_basis(positions, self.inv_freq)
 
         if context is not None:
             return build()
         cp = (cp_group.rank(), cp_group.size()) if cp_group is not None else (0, 1)
-        key = (self.fope, self.head_dim, query.device, query.size(0), cp)
+        key = (self.fope, self.head_dim, query.device, query.size(0), cp, between is not None)
         if packed is None:
             return _BASIS_CACHE.get(key, build)
         lengths = (packed.cu_seqlens_q, packed.cu_seqlens_q_padded)

@@ -19,39 +19,49 @@ def inv_freq(config: FoPEConfig, head_dim: int) -> Tensor:
     """The basis: ``[D_in]`` on CPU, float32, or float64 under ``exact_angles``. Not to be written to."""
     dim = max(head_dim, config.basis_dim)
     dtype = torch.float64 if config.exact_angles else torch.float32
-    rotary = functional.inverse_frequencies(dim, config.rotary_base, dtype)
+    every = functional.inverse_frequencies(dim, config.rotary_base, dtype)
     keep = kept(config, head_dim)
     if config.scaling_before_clip:
-        rotary = torch.where(keep, _scaled(config, rotary, dim), 0)
+        every = torch.where(keep, _scaled(config, every, dim), 0)
     else:
-        rotary = _scaled(config, torch.where(keep, rotary, 0), dim)
-    return rotary[keep] if config.drop_clipped else rotary
+        every = _scaled(config, torch.where(keep, every, 0), dim)
+    return every[keep] if config.drop_clipped else every
+
+
+def rotary(config: FoPEConfig, head_dim: int) -> Tensor:
+    """All frequencies of the RoPE model with the same base: ``[head_dim / 2]``, dtype as :func:`inv_freq`.
+
+    Scaled under ``llama3`` only, which is the one scaling that Megatron's RoPE does, too.
+    """
+    dtype = torch.float64 if config.exact_angles else torch.float32
+    every = functional.inverse_frequencies(head_dim, config.rotary_base, dtype)
+    return _scaled(config, every, head_dim) if config.scaling == "llama3" else every
 
 
 def kept(config: FoPEConfig, head_dim: int) -> Tensor:
     """``[dim / 2]`` bool; always decided in float32, so that exact angles do not change shapes."""
     dim = max(head_dim, config.basis_dim)
-    rotary = functional.inverse_frequencies(dim, config.rotary_base)
+    every = functional.inverse_frequencies(dim, config.rotary_base)
     if config.scaling_before_clip:
-        rotary = _scaled(config, rotary, dim)
+        every = _scaled(config, every, dim)
     floor = functional.floor_frequency(config.train_length, config.floor_ratio)
     return functional.frequency_mask(
-        rotary,
+        every,
         floor if config.clip else None,
         strict=config.strict_floor,
         num_inv_freq=config.num_inv_freq,
     )
 
 
-def _scaled(config: FoPEConfig, rotary: Tensor, dim: int) -> Tensor:
+def _scaled(config: FoPEConfig, inv_freq: Tensor, dim: int) -> Tensor:
     match config.scaling:
         case "pi":
-            return functional.interpolate_frequencies(rotary, config.original_length / config.train_length)
+            return functional.interpolate_frequencies(inv_freq, config.original_length / config.train_length)
         case "linear":
-            return rotary / config.scaling_factor
+            return inv_freq / config.scaling_factor
         case "yarn":
             return functional.yarn_frequencies(
-                rotary,
+                inv_freq,
                 dim,
                 config.rotary_base,
                 original_length=config.original_length,
@@ -62,6 +72,6 @@ def _scaled(config: FoPEConfig, rotary: Tensor, dim: int) -> Tensor:
             )
         case "llama3":
             return functional.llama3_frequencies(
-                rotary, original_length=config.original_length, scale=config.scaling_factor
+                inv_freq, original_length=config.original_length, scale=config.scaling_factor
             )
-    return rotary
+    return inv_freq

@@ -38,8 +38,10 @@ INITIALIZATIONS = (
     "eye_xavier_uniform",
     "xavier_norm",
     "xavier_uniform",
+    "identity",
 )
-"""Values of ``fourier_init`` in the authors' code (``olmo/model.py: FourierEmbedding``)."""
+"""Values of ``fourier_init`` in the authors' code (``olmo/model.py: FourierEmbedding``), and ``identity``:
+output ``j`` is frequency ``j`` and nothing else, as in RoPE."""
 
 
 # Frequencies ------------------------------------------------------------------------------------------
@@ -215,7 +217,8 @@ def init_coefficients(
 
     Args:
         shape: ``(H, D_in, D_out)``, or ``(D_in, D_out)`` when heads share.
-        init: one of :data:`INITIALIZATIONS`. Without ``eye`` there is no identity and ``gain`` is ignored.
+        init: one of :data:`INITIALIZATIONS`. Names with ``xavier`` but without ``eye`` have no identity and
+            ignore ``gain``.
         gain: spread of the noise around the identity; 0.3, 0.4, 0.6 in the paper's configurations.
         generator: CPU generator; None uses torch's global one, as the authors do.
 
@@ -226,9 +229,16 @@ def init_coefficients(
         ValueError: unknown ``init``.
     """
     coefficients = random_coefficients(shape, init, gain, generator)
-    if init.startswith("eye"):
+    if init == "identity":
+        coefficients += torch.eye(*shape[-2:], device="cpu")
+    elif has_identity(init):
         coefficients += step_eye(*shape[-2:])
     return coefficients
+
+
+def has_identity(init: str) -> bool:
+    """Whether outputs get a frequency of their own, weight one, beside the noise."""
+    return init == "identity" or init.startswith("eye")
 
 
 def random_coefficients(
@@ -237,7 +247,7 @@ def random_coefficients(
     """:func:`init_coefficients` without the identity."""
     coefficients = torch.zeros(shape, dtype=torch.float32, device="cpu")
     match init:
-        case "eye":
+        case "eye" | "identity":
             pass
         case "eye_norm":
             coefficients.normal_(0.0, gain, generator=generator)

@@ -145,7 +145,7 @@ def grow_coefficients(
         name: functional.random_coefficients(shape, new_config.init, new_config.gain, generator)
         for name in old
     }
-    return _grow_aligned(old, noise, with_identity=new_config.init.startswith("eye"))
+    return _grow_aligned(old, noise, with_identity=functional.has_identity(new_config.init))
 
 
 def grow_upstream(

@@ -1,6 +1,6 @@
 """``register()`` and ``unregister()``: the flag in a Megatron that knows nothing of FoPE.
 
-Eight symbols of Megatron are wrapped, each by one function below. Importing this module changes nothing,
+Nine symbols of Megatron are wrapped, each by one function below. Importing this module changes nothing,
 every wrapper calls the original, and ``unregister()`` puts the originals back.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fope import compat
+from megatron_fope import anneal, compat
 from megatron_fope.arguments import (
     FOPE,
     add_fope_arguments,
@@ -25,12 +25,9 @@ from megatron_fope.arguments import (
     fope_config_from_args,
     resolve_fope_arguments,
 )
-from megatron_fope.checkpoint_arguments import (
-    adopt_checkpoint_arguments,
-    check_start,
-    position_type_if_given,
-)
+from megatron_fope.checkpoint_arguments import adopt_checkpoint_arguments, position_type_if_given
 from megatron_fope.checkpoint_loading import load_base_checkpoint
+from megatron_fope.checkpoint_starts import check_start
 from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError, exit_on_user_error
 from megatron_fope.report import assert_fope_active, describe, layer_list
@@ -117,13 +114,14 @@ def is_registered() -> bool:
 
 def _targets() -> list[tuple[Any, str, Callable[[Callable], Callable]]]:
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-    from megatron.training import arguments, checkpointing
+    from megatron.training import arguments, checkpointing, training
 
     targets: list[tuple[Any, str, Callable[[Callable], Callable]]] = [
         (arguments, "add_megatron_arguments", _wrap_add_arguments),
         (arguments, "_print_args", _wrap_print_args),
         (checkpointing, "_load_base_checkpoint", _wrap_load_base_checkpoint),
         (LanguageModelEmbedding, "__init__", _wrap_embedding),
+        (training, "train_step", _wrap_train_step),
     ]
     for module in compat.modules_that_import("validate_args", arguments):
         targets.append((module, "validate_args", _wrap_validate_args))
@@ -182,8 +180,10 @@ def _wrap_print_args(original: Callable) -> Callable:
 
 def _wrap_load_args(original: Callable) -> Callable:
     def load_args_from_checkpoint(args: Any, load_arg: str = "load", **kwargs: Any) -> Any:
-        asked = position_type_if_given(args)
+        asked, base = position_type_if_given(args), args.rotary_base
         result = original(args, load_arg, **kwargs)
+        if getattr(args, "fope_change_rotary_base", None):
+            args.rotary_base = base  # Megatron has taken that of the checkpoint
         if isinstance(result, tuple):
             with exit_on_user_error():
                 adopt_checkpoint_arguments(args, result[1], getattr(args, load_arg), asked)
@@ -204,6 +204,26 @@ def _wrap_load_base_checkpoint(original: Callable) -> Callable:
             return load_base_checkpoint(original, load_dir, args, options)
 
     return _load_base_checkpoint
+
+
+def _wrap_train_step(original: Callable) -> Callable:
+    """Where an annealed start moves on; nothing happens in other runs."""
+    signature = inspect.signature(original)
+
+    def train_step(*given: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        args = get_args()
+        if args.position_embedding_type != FOPE or not args.fope_anneal_iters:
+            return original(*given, **kwargs)
+        call = signature.bind(*given, **kwargs).arguments
+        iteration = call.get("iteration")
+        with anneal.training_step(
+            call["model"], args.curr_iteration if iteration is None else iteration, args
+        ):
+            return original(*given, **kwargs)
+
+    return train_step
 
 
 def _wrap_model(spec_arguments: tuple[str, ...], original: Callable) -> Callable:

@@ -45,12 +45,18 @@ class LayerReport:
         return f"{self.name}: {self.attention}, {shapes}, D_in {self.d_in}, D_out {self.d_out}, {path}"
 
     def summary(self) -> str:
-        """One line for logs: profile, train length, kept and clipped frequencies, channels, gain."""
+        """One line for logs: profile, train length, frequencies and their scaling, channels, gain."""
         fope = self.fope
+        scaling = ""
+        if fope.scaling != "none":
+            order = "before" if fope.scaling_before_clip else "after"
+            scaling = f"scaled ({fope.scaling}) {order} the clip, "
+        if fope.attention_scaling != 1 or fope.scaling != "none":
+            scaling += f"sin and cos times {fope.attention_scaling:g}, "
         return (
             f"profile {fope.profile}, train length {fope.train_length} tokens, {self.d_in} frequencies in "
             f"the basis ({self.num_clipped} clipped), {self.d_out} of {self.num_pairs} channel pairs with a "
-            f"series (the others sin,cos = {fope.padding}), gain {fope.gain:g}, "
+            f"series (the others sin,cos = {fope.padding}), {scaling}gain {fope.gain:g}, "
             f"{'learnable' if fope.learnable else 'frozen'} coefficients"
         )
 

@@ -320,6 +320,8 @@ def fope_is_resolved_to_plain_values() -> None:
             "kept_frequencies": config.d_in(16),
             "clipped_frequencies": config.num_clipped(16),
             "series": config.d_out(16),
+            "grow": None,
+            "change_rotary_base": None,
             "implementation": values["implementation"],
             "start_from_rope": None,
         }
@@ -369,7 +371,7 @@ def every_setting_has_a_documented_flag() -> None:
     parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     actions = parser._option_string_actions
     fields = {field.name for field in dataclasses.fields(FoPEConfig)} - {"rotary_base"}
-    of_the_run = {"--fope-start-from-rope"}
+    of_the_run = {"--fope-start-from-rope", "--fope-grow", "--fope-change-rotary-base"}
     assert {flag(name) for name in fields} | of_the_run == {o for o in actions if o.startswith("--fope-")}
     configs = {name: FoPEConfig.from_profile(name, train_length=64).to_dict() for name in PROFILES}
     assert configs["paper"]["profile"] == "paper"
@@ -426,6 +428,8 @@ def every_flag_reaches_its_setting() -> None:
         "gain": 0.25,
         "seed": 77,
         "init": "xavier_norm",
+        "growth": "upstream",
+        "anneal_iters": 7,
         "floor_ratio": 1.5,
         "num_inv_freq": 4,
         "clip": False,
@@ -459,7 +463,12 @@ def every_flag_reaches_its_setting() -> None:
             flags.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
         else:
             flags += [flag(name), str(value)]
-    values = fope_values(start([*FOPE, *flags]))
+    with tempfile.TemporaryDirectory() as name:
+        save_checkpoint(
+            Path(name), start(ROPE), "torch"
+        )  # the one setting that needs something to start from
+        flags += ["--fope-start-from-rope", "function-preserving", "--load", name, "--no-load-optim"]
+        values = fope_values(start([*FOPE, *flags]))
     assert {name: values[name] for name in given} == given
 
 
