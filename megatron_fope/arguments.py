@@ -275,7 +275,7 @@ def check_before_megatron(args: Any) -> None:
         return
     from megatron_fope.attention import check_host_config  # imports Megatron, which other commands need not
 
-    _check_start_flags(args)
+    check_start_flags(args)
     rope_fusion, args.apply_rope_fusion = getattr(args, "apply_rope_fusion", False), False
     check_host_config(args)
     args.apply_rope_fusion = rope_fusion
@@ -305,8 +305,12 @@ def check_before_megatron(args: Any) -> None:
     _check_layout(args)
 
 
-def _check_start_flags(args: Any) -> None:
-    """Refuse a start that does not exist or that other flags contradict."""
+def check_start_flags(args: Any) -> None:
+    """Refuse a start from RoPE that does not exist or that other flags contradict.
+
+    Raises:
+        UserError: naming the flag.
+    """
     start, given = getattr(args, "fope_start_from_rope", None), given_fope_arguments(args)
     if start is not None and start not in STARTS:
         raise UserError(f"{START_FROM_ROPE} is {start!r}; allowed: {', '.join(STARTS)}")

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_fope.checkpoint_metadata import METADATA, read_metadata
 from megatron_fope.errors import UserError
 
-_TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER = "latest_checkpointed_iteration.txt"
 _COEFFICIENT = re.compile(r"\.fope\.(sin|cos|fourier)_coef$")
 
 
@@ -51,18 +52,18 @@ def read_checkpoint(folder: str | Path) -> CheckpointInfo:
         UserError: no checkpoint there, or one without arguments.
     """
     folder = Path(folder)
-    tracker = folder / _TRACKER
+    tracker = folder / TRACKER
     if not tracker.is_file():
         raise UserError(
-            f"--checkpoint is {str(folder)!r}: no {_TRACKER} there; allowed: a folder made by --save"
+            f"--checkpoint is {str(folder)!r}: no {TRACKER} there; allowed: a folder made by --save"
         )
     word = tracker.read_text().strip()
     if word != "release" and not word.isdecimal():
         raise UserError(
-            f"--checkpoint is {str(folder)!r}: {_TRACKER} says {word[:40]!r}; allowed: a number or 'release'"
+            f"--checkpoint is {str(folder)!r}: {TRACKER} says {word[:40]!r}; allowed: a number or 'release'"
         )
     step = word if word == "release" else int(word)
-    iteration = folder / _folder_name(step)
+    iteration = folder / iteration_folder(step)
     try:
         args = _stored_state(iteration).get("args")
     except load_errors() as error:
@@ -82,7 +83,7 @@ def read_stored_args(folder: str | Path, step: int | str) -> Any | None:
         folder: the folder given to ``--save``.
         step: number of the iteration, or "release".
     """
-    return _stored_state(Path(folder) / _folder_name(step)).get("args")
+    return _stored_state(Path(folder) / iteration_folder(step)).get("args")
 
 
 def tracked_iteration(folder: str | Path) -> int | str | None:
@@ -91,7 +92,7 @@ def tracked_iteration(folder: str | Path) -> int | str | None:
     Raises:
         UserError: the file says something else, for example nothing after an interrupted save.
     """
-    tracker = Path(folder) / _TRACKER
+    tracker = Path(folder) / TRACKER
     if not tracker.is_file():
         return None
     word = tracker.read_text(errors="replace").strip()
@@ -125,14 +126,35 @@ def find_damage(folder: str | Path, step: int | str, *, expected: Iterable[str] 
     """
     if "://" in str(folder):
         return None
-    iteration = Path(folder) / _folder_name(step)
-    problem = _problem(iteration, expected)
+    iteration = Path(folder) / iteration_folder(step)
+    problem = find_problem(iteration, expected)
     return None if problem is None else f"{problem}; {_way_out(iteration)}"
+
+
+def find_problem(iteration: Path, expected: Iterable[str] = ()) -> str | None:
+    """Like :func:`find_damage`, for the folder of one iteration and without what can be done."""
+    if not iteration.is_dir():
+        return f"{iteration} does not exist"
+    legacy = sorted(iteration.glob("mp_rank_*/*.pt"))
+    for file in [*legacy, iteration / "common.pt"]:
+        # What torch.save writes is a zip archive, whose table of contents is its end.
+        if file.exists() and not zipfile.is_zipfile(file):
+            return f"{file} is damaged ({file.stat().st_size} bytes without an end)"
+    if legacy:
+        return None
+    for name in ("metadata.json", METADATA):
+        if not (iteration / name).exists():
+            return f"{iteration / name} is missing: a save that did not finish, or files were deleted"
+    try:
+        metadata = read_metadata(iteration)
+    except Exception as error:
+        return f"{iteration / METADATA} cannot be read ({describe_error(error)})"
+    return _problem_of_data(iteration, metadata) or _problem_of_coefficients(iteration, metadata, expected)
 
 
 def is_legacy(folder: str | Path, step: int | str) -> bool:
     """Whether one iteration has the format of ``--ckpt-format torch``: files by rank, bound to a layout."""
-    return any((Path(folder) / _folder_name(step)).glob("mp_rank_*"))
+    return any((Path(folder) / iteration_folder(step)).glob("mp_rank_*"))
 
 
 def find_missing_legacy_file(folder: str | Path, step: int | str, tensor: int, pipeline: int) -> str | None:
@@ -144,7 +166,7 @@ def find_missing_legacy_file(folder: str | Path, step: int | str, tensor: int, p
         tensor: tensor-parallel size.
         pipeline: pipeline-parallel size.
     """
-    iteration = Path(folder) / _folder_name(step)
+    iteration = Path(folder) / iteration_folder(step)
     stages = [f"_{stage:03d}" for stage in range(pipeline)] if pipeline > 1 else [""]
     for rank in range(tensor):
         for stage in stages:
@@ -170,28 +192,6 @@ def describe_error(error: BaseException) -> str:
     """Class and first line of an error."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
-
-
-def _problem(iteration: Path, expected: Iterable[str]) -> str | None:
-    if not iteration.is_dir():
-        return f"{iteration} does not exist"
-    legacy = sorted(iteration.glob("mp_rank_*/*.pt"))
-    for file in [*legacy, iteration / "common.pt"]:
-        # What torch.save writes is a zip archive, whose table of contents is its end.
-        if file.exists() and not zipfile.is_zipfile(file):
-            return f"{file} is damaged ({file.stat().st_size} bytes without an end)"
-    if legacy:
-        return None
-    for name in ("metadata.json", ".metadata"):
-        if not (iteration / name).exists():
-            return f"{iteration / name} is missing: a save that did not finish, or files were deleted"
-    from torch.distributed.checkpoint import FileSystemReader
-
-    try:
-        metadata = FileSystemReader(iteration).read_metadata()
-    except Exception as error:
-        return f"{iteration / '.metadata'} cannot be read ({describe_error(error)})"
-    return _problem_of_data(iteration, metadata) or _problem_of_coefficients(iteration, metadata, expected)
 
 
 def _problem_of_data(iteration: Path, metadata: Any) -> str | None:
@@ -250,7 +250,8 @@ def _iterations(folder: Path) -> list[tuple[int, str]]:
     return sorted((int(name[5:]), name) for name in names if name[5:].isdecimal())
 
 
-def _folder_name(step: int | str) -> str:
+def iteration_folder(step: int | str) -> str:
+    """Name of the folder of an iteration, or "release"."""
     return step if isinstance(step, str) else f"iter_{step:07d}"
 
 

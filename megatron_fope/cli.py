@@ -13,6 +13,8 @@ megatron-fope [--cpu] SCRIPT.py [Megatron's arguments]   run a Megatron training
 megatron-fope [--cpu] pretrain [Megatron's arguments]    GPT pre-training from the megatron-core wheel alone
 megatron-fope prepare-data ...                           text to Megatron's .bin/.idx
 megatron-fope evaluate-perplexity ...                    perplexity of checkpoints over context lengths
+megatron-fope convert SOURCE TARGET ...                  RoPE checkpoint to FoPE, or FoPE to a longer FoPE
+megatron-fope inspect FOLDER | diff A B                  what checkpoints hold, how two differ
 megatron-fope bench ...                                  speed, memory and communication beside RoPE
 """
 _DESCRIPTION = """\
@@ -65,6 +67,7 @@ def _dispatch(argv: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"megatron-fope {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="megatron-fope")
     from megatron_fope.bench import command as bench
+    from megatron_fope.conversion import command as conversion
     from megatron_fope.data import command as preparation
     from megatron_fope.evaluation import command as evaluation
 
@@ -73,7 +76,13 @@ def _dispatch(argv: list[str]) -> int:
         commands.add_parser("evaluate-perplexity", help="perplexity of checkpoints over context lengths")
     )
     bench.add_arguments(commands.add_parser("bench", help="speed, memory and communication beside RoPE"))
+    for name, text in conversion.COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if name in argv[:1]:  # its flags take an import of torch
+            conversion.add_arguments(name, command)
     arguments = parser.parse_args(argv)
+    if arguments.command in conversion.COMMANDS:
+        return conversion.run(arguments.command, arguments)
     if arguments.command == "prepare-data":
         return preparation.run(arguments)
     if arguments.command == "evaluate-perplexity":

@@ -1,0 +1,166 @@
+"""``megatron-fope convert``, ``inspect`` and ``diff``: the flags, and what the commands print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from megatron_fope.errors import UserError, exit_on_user_error
+
+COMMANDS = {
+    "convert": "RoPE checkpoint to FoPE, FoPE to a longer FoPE, or back, without rewriting the data",
+    "inspect": "what a checkpoint holds",
+    "diff": "how two checkpoints differ",
+}
+
+
+def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    """Add the flags of one of :data:`COMMANDS` to its parser."""
+    {"convert": _add_convert, "inspect": _add_inspect, "diff": _add_diff}[name](parser)
+
+
+def run(name: str, args: argparse.Namespace) -> int:
+    """Run one of :data:`COMMANDS`.
+
+    Returns:
+        Exit code: 0, or 1 of ``diff`` when something differs.
+
+    Raises:
+        UserError: bad input.
+    """
+    return {"convert": _convert, "inspect": _inspect, "diff": _diff}[name](args)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    from megatron_fope.arguments import add_fope_arguments
+    from megatron_fope.conversion.writing import LINKS
+
+    parser.description = (
+        "Make a checkpoint of another position embedding. Coefficients, arguments and tables are written; "
+        "the model's data files are linked. SOURCE is never written; TARGET appears when it is complete."
+    )
+    parser.usage = "megatron-fope convert SOURCE TARGET [--fope-...] [flags]"
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder made by Megatron's --save (--ckpt-format torch_dist)")
+    add("target", metavar="TARGET", help="new folder, for --load")
+    _add_iteration(parser, "--iteration", "SOURCE")
+    add(
+        "--position-embedding-type",
+        default="fope",
+        metavar="{fope rope}",
+        help="what TARGET becomes (default: fope); rope removes the coefficients",
+    )
+    add("--rotary-base", type=_number, metavar="X", help="new base of the frequencies (default: SOURCE's)")
+    add("--seq-length", type=_length, metavar="N", help="new --seq-length in TARGET's arguments, tokens")
+    add(
+        "--link",
+        default="auto",
+        metavar="{" + " ".join(LINKS) + "}",
+        help="how data files get into TARGET (default: auto, hard links or, on another file system, symbolic "
+        "ones)",
+    )
+    add_fope_arguments(parser)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from megatron_fope.arguments import given_fope_arguments
+    from megatron_fope.config import flag
+    from megatron_fope.conversion.converter import convert
+
+    for name in ("grow", "change_rotary_base"):
+        if getattr(args, f"fope_{name}", None):
+            raise UserError(f"{flag(name)} is given to convert, which needs no permission; leave it out")
+    done = convert(
+        args.source,
+        args.target,
+        iteration=_iteration(args.iteration, "--iteration"),
+        position_embedding_type=args.position_embedding_type,
+        rotary_base=args.rotary_base,
+        seq_length=args.seq_length,
+        start=args.fope_start_from_rope,
+        link=args.link,
+        **given_fope_arguments(args),
+    )
+    for folder in done.leftovers:
+        print(f"left by an interrupted conversion, can be deleted: {folder}")
+    before, after = done.position_embedding_type
+    lengths = done.train_length
+    print(
+        f"{before} -> {after}, train length {lengths[0]} -> {lengths[1]} tokens, "
+        f"iteration {done.iteration} in {done.target}"
+    )
+    for name, shape in done.coefficients.items():
+        print(f"coefficients {name} {list(shape)}")
+    how = {"hard": "hard links", "symbolic": "symbolic links", "copy": "copies"}[done.links]
+    print(
+        f"{done.linked_files} data files ({done.linked_bytes / 1e9:.1f} GB) as {how}, "
+        f"{done.written_bytes / 1e6:.1f} MB written, {done.seconds:.1f} s"
+    )
+    if done.links != "copy":
+        print("train with another folder for --save: files that are linked must not be written again")
+    return 0
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.description = "What a checkpoint holds, from its tables, arguments and file sizes."
+    parser.add_argument("folder", metavar="FOLDER", help="folder made by Megatron's --save")
+    _add_iteration(parser, "--iteration", "FOLDER")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from megatron_fope.conversion.inspection import inspect
+
+    found = inspect(args.folder, iteration=_iteration(args.iteration, "--iteration"))
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found)
+    return 0
+
+
+def _add_diff(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "How two torch_dist checkpoints of one model differ: settings, names, shapes and types of tensors, "
+        "and the numbers of the coefficients. Other numbers are not read; data in the same file is said to "
+        "be so. Exit code 0: no difference found, 1: some, 2: error."
+    )
+    parser.add_argument("first", metavar="A", help="folder made by Megatron's --save")
+    parser.add_argument("second", metavar="B", help="another one, or the same with another iteration")
+    _add_iteration(parser, "--iteration-a", "A")
+    _add_iteration(parser, "--iteration-b", "B")
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from megatron_fope.conversion.comparison import diff
+
+    iterations = _iteration(args.iteration_a, "--iteration-a"), _iteration(args.iteration_b, "--iteration-b")
+    found = diff(args.first, args.second, iterations=iterations)
+    print(found)
+    return int(found.different)
+
+
+def _add_iteration(parser: argparse.ArgumentParser, name: str, folder: str) -> None:
+    parser.add_argument(name, metavar="N", help=f"iteration of {folder}, or 'release' (default: the latest)")
+
+
+def _iteration(text: str | None, name: str) -> int | str | None:
+    if text is None or text == "release":
+        return text
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r}; allowed: the number of an iteration or 'release'")
+    return int(text)
+
+
+def _length(text: str) -> int:
+    return int(_parse(int, "--seq-length", text))
+
+
+def _number(text: str) -> float:
+    return float(_parse(float, "--rotary-base", text))
+
+
+def _parse(kind: type, name: str, text: str) -> float | int:
+    """Parse a number, or leave with one line instead of a usage that lists every flag."""
+    try:
+        return kind(text)
+    except ValueError:
+        with exit_on_user_error():
+            raise UserError(f"{name} is {text!r}; allowed: a number") from None

@@ -1,0 +1,194 @@
+"""A checkpoint as files: its table of contents, its arguments, and single tensors out of it."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fope.checkpoint import (
+    describe_error,
+    find_problem,
+    is_coefficient,
+    is_legacy,
+    iteration_folder,
+    newer_than,
+    tracked_iteration,
+)
+from megatron_fope.checkpoint_metadata import read_metadata
+from megatron_fope.conversion import inert
+from megatron_fope.errors import UserError
+
+COMMON_FILE = "common.pt"
+"""Where Megatron through 0.18 keeps what is no tensor, the arguments among it."""
+
+COMMON_ENTRY = "common_state/shard_0_1"
+"""Entry of the table of contents that replaced the file in 0.19: a list with the same dictionary."""
+
+_OPTIMIZER = re.compile(r"(^|\.)optimizer\.")
+
+
+@dataclass
+class Checkpoint:
+    """One iteration of a folder made by ``--save``; nothing is ever written there."""
+
+    folder: Path
+    iteration: int | str
+    """Number, or "release"."""
+    path: Path
+    """The folder of the iteration."""
+    metadata: Any
+    """Table of contents (``torch.distributed.checkpoint`` ``Metadata``); None in the legacy format."""
+    common: dict[str, Any]
+    """What is no tensor, by Megatron's names; see :mod:`megatron_fope.conversion.inert`."""
+
+    @property
+    def args(self) -> Any:
+        """Megatron's arguments as stored (``argparse.Namespace``)."""
+        return self.common["args"]
+
+    @property
+    def position_embedding_type(self) -> str:
+        return getattr(self.args, "position_embedding_type", "learned_absolute")
+
+    @property
+    def format(self) -> str:
+        """Megatron's ``--ckpt-format``: "torch_dist", or "torch" (legacy)."""
+        return "torch" if self.metadata is None else "torch_dist"
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """Every tensor's ``TensorStorageMetadata`` (size, dtype, chunks) by name."""
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        entries = {} if self.metadata is None else self.metadata.state_dict_metadata
+        return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+    @property
+    def coefficients(self) -> dict[str, Any]:
+        """Those of :attr:`tensors` that are Fourier coefficients, without the optimizer's."""
+        return {k: v for k, v in self.tensors.items() if is_coefficient(k) and not is_optimizer(k)}
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether optimizer states are stored; in the legacy format, whether they were to be saved."""
+        if self.metadata is None:
+            return not getattr(self.args, "no_save_optim", False)
+        return any(map(is_optimizer, self.metadata.state_dict_metadata))
+
+    @property
+    def common_in_table(self) -> bool:
+        """Whether the arguments are an entry of the table of contents and not a file."""
+        return not (self.path / COMMON_FILE).exists()
+
+    def read_tensor(self, name: str) -> Tensor:
+        """A whole tensor, on the CPU; its parts are put together."""
+        entry = self.tensors[name]
+        value = torch.empty(entry.size, dtype=entry.properties.dtype)
+        for index, storage in self.metadata.storage_data.items():
+            if index.fqn == name:
+                part = inert.load(_read_range(self.path, storage))
+                value[tuple(slice(o, o + n) for o, n in zip(index.offset, part.shape, strict=True))] = part
+        return value
+
+
+def open_checkpoint(folder: str | Path, iteration: int | str | None = None, *, name: str) -> Checkpoint:
+    """Open a checkpoint and check that its files are whole.
+
+    Of the data files only sizes are looked at, except for the bytes that hold the arguments.
+
+    Args:
+        folder: made by Megatron's ``--save``.
+        iteration: number or "release"; None: the latest.
+        name: how messages name the folder, for example "SOURCE".
+
+    Raises:
+        UserError: no checkpoint, a damaged one, or one without arguments.
+    """
+    folder = Path(folder)
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{name} is {str(folder)!r}: {reason}")
+
+    if not folder.is_dir():
+        raise refuse("no such folder")
+    if iteration is None:
+        iteration = _latest(folder, refuse)
+    path = folder / iteration_folder(iteration)
+    if not path.is_dir():
+        there = ", ".join(newer_than(folder, -1)) or "nothing that Megatron saved"
+        raise refuse(f"there is no iteration {iteration}; it holds: {there}")
+    if is_legacy(folder, iteration):
+        return Checkpoint(folder, iteration, path, None, _legacy_common(path, refuse))
+    problem = find_problem(path)
+    if problem is not None:
+        raise refuse(problem)
+    try:
+        backend = json.loads((path / "metadata.json").read_text())["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise refuse(f"{path / 'metadata.json'} cannot be read ({describe_error(error)})") from None
+    if backend != "torch_dist":
+        raise refuse(f"its format is {backend}; allowed: torch_dist")
+    metadata = read_metadata(path)
+    return Checkpoint(folder, iteration, path, metadata, _read_common(path, metadata, refuse))
+
+
+def is_optimizer(name: str) -> bool:
+    """Whether an entry belongs to the optimizer's states."""
+    return _OPTIMIZER.search(name) is not None
+
+
+def _latest(folder: Path, refuse: Any) -> int | str:
+    if re.fullmatch(r"iter_\d+|release", folder.name) and not newer_than(folder, -1):
+        raise refuse("this is one iteration; give the folder above it")
+    latest = tracked_iteration(folder)
+    if latest is None:
+        raise refuse("no latest_checkpointed_iteration.txt there; allowed: a folder made by --save")
+    return latest
+
+
+def _read_common(path: Path, metadata: Any, refuse: Any) -> dict[str, Any]:
+    file = path / COMMON_FILE
+    try:
+        if file.exists():
+            common = inert.load(str(file))
+        else:
+            parts = [s for index, s in metadata.storage_data.items() if index.fqn == COMMON_ENTRY]
+            common = inert.load(_read_range(path, parts[0]))[0] if parts else {}
+        stored = common.get("args")
+        if stored is not None and not isinstance(stored, argparse.Namespace):
+            raise TypeError(f"they are a {type(stored).__name__}")
+    except Exception as error:
+        raise refuse(f"the arguments in {path} cannot be read ({describe_error(error)})") from None
+    if getattr(stored, "seq_length", None) is None:
+        raise refuse(f"{path} stores no arguments; allowed: a checkpoint saved by Megatron's training")
+    return common
+
+
+def _legacy_common(path: Path, refuse: Any) -> dict[str, Any]:
+    files = sorted(path.glob("mp_rank_00*/model_optim_rng.pt"))
+    problem = find_problem(path) or (None if files else f"{path} has no file of the first rank")
+    if problem is not None:
+        raise refuse(problem)
+    try:
+        state = inert.load(str(files[0]), mapped=True)
+        return {"args": state["args"], "model": state.get("model", {})}
+    except Exception as error:
+        raise refuse(f"{files[0]} cannot be read ({describe_error(error)})") from None
+
+
+def _read_range(path: Path, storage: Any) -> io.BytesIO:
+    """The bytes of one entry; nothing else of the file is read."""
+    if getattr(storage, "transform_descriptors", None):
+        raise ValueError(f"entries of {storage.relative_path} are compressed or encrypted")
+    with open(path / storage.relative_path, "rb", buffering=0) as file:
+        data = os.pread(file.fileno(), storage.length, storage.offset)
+    return io.BytesIO(data)

@@ -1,0 +1,250 @@
+"""Writing a checkpoint that shares its data files with another one.
+
+The new folder is built beside its final place and renamed when it is whole, so that at no moment something
+half-made has the final name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import io
+import os
+import pickle
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_fope.checkpoint import TRACKER, iteration_folder
+from megatron_fope.checkpoint_metadata import METADATA
+from megatron_fope.conversion import inert
+from megatron_fope.conversion.layers import Part
+from megatron_fope.conversion.source import COMMON_ENTRY, COMMON_FILE, Checkpoint
+from megatron_fope.errors import UserError
+
+LINKS = ("auto", "hard", "symbolic", "copy")
+"""How data files get into the new folder; auto: hard links, or symbolic ones on another file system."""
+
+_NOT_LINKABLE = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
+
+_OWN_FILES = {METADATA, COMMON_FILE, "metadata.json"}
+"""Files that every checkpoint has for itself."""
+
+
+@dataclass
+class Written:
+    """What a new folder consists of."""
+
+    links: str
+    """"hard", "symbolic" or "copy"."""
+    linked_files: int = 0
+    linked_bytes: int = 0
+    written_bytes: int = 0
+    tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of the tensors that were written, by name."""
+
+
+def leftovers(target: Path) -> list[Path]:
+    """What interrupted conversions to the same target left behind."""
+    return sorted(target.parent.glob(f"{target.name}.tmp-*"))
+
+
+def write(
+    source: Checkpoint,
+    target: Path,
+    args: Any,
+    removed: Iterable[str],
+    parts: Iterable[Part],
+    *,
+    link: str = "auto",
+) -> Written:
+    """Write a new checkpoint folder with one iteration.
+
+    Args:
+        source: where everything else comes from.
+        target: the new folder; must not exist.
+        args: the new arguments.
+        removed: names of tensors that the new checkpoint does not have.
+        parts: tensors that it has in addition, in pieces.
+        link: one of :data:`LINKS`.
+
+    Raises:
+        UserError: the disk is full, files cannot be linked, or the source changed meanwhile. Nothing is left.
+    """
+    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    before = _state_of_files(source)
+    try:
+        written = _build(source, temporary, args, set(removed), parts, link)
+        if _state_of_files(source) != before:
+            raise UserError(f"SOURCE {str(source.folder)!r} was changed while it was converted; try again")
+        if os.path.lexists(target):
+            raise UserError(f"TARGET is {str(target)!r}: it was made meanwhile; allowed: a new folder")
+        temporary.rename(target)
+        _sync(target.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"TARGET is {str(target)!r}: it cannot be written ({error.strerror or error}); nothing was "
+                "left there"
+            ) from error
+        raise
+    return written
+
+
+def _build(
+    source: Checkpoint, folder: Path, args: Any, removed: set[str], parts: Iterable[Part], link: str
+) -> Written:
+    folder.mkdir()
+    new = folder / iteration_folder(source.iteration)
+    new.mkdir()
+    written = _link_files(source.path, new, link)
+    metadata = copy.copy(source.metadata)
+    metadata.state_dict_metadata = {
+        name: entry for name, entry in metadata.state_dict_metadata.items() if name not in removed
+    }
+    metadata.storage_data = {
+        index: place for index, place in metadata.storage_data.items() if index.fqn not in removed
+    }
+    # How the source's ranks split their tensors, kept by Megatron for the saves to come: no longer true.
+    vars(metadata).pop("all_local_plans", None)
+    common = {**source.common, "args": args}
+    data = _DataFile(new, metadata)
+    for part in parts:
+        data.add(part)
+    if source.common_in_table:
+        data.replace(COMMON_ENTRY, [common])
+    written.tensors = data.tensors
+    written.written_bytes += data.close()
+    if not source.common_in_table:
+        buffer = io.BytesIO()
+        inert.save(common, buffer)
+        written.written_bytes += _write(new / COMMON_FILE, buffer.getvalue())
+    written.written_bytes += _write(new / METADATA, pickle.dumps(metadata))
+    written.written_bytes += _write(new / "metadata.json", (source.path / "metadata.json").read_bytes())
+    _sync(new)
+    word = str(source.iteration)
+    written.written_bytes += _write(folder / TRACKER, word.encode())
+    _sync(folder)
+    return written
+
+
+class _DataFile:
+    """One new data file of a checkpoint, with its entries in the table of contents."""
+
+    def __init__(self, folder: Path, metadata: Any) -> None:
+        number = 0
+        while (folder / f"__fope_{number}.distcp").exists():
+            number += 1
+        self._name = f"__fope_{number}.distcp"
+        self._file = open(folder / self._name, "xb")  # noqa: SIM115
+        self._metadata = metadata
+        self._position = 0
+        self.tensors: dict[str, tuple[int, ...]] = {}
+
+    def add(self, part: Part) -> None:
+        from torch.distributed.checkpoint.metadata import (
+            ChunkStorageMetadata,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+
+        size, offset = torch.Size(part.size), torch.Size(part.offset)
+        entry = self._metadata.state_dict_metadata.setdefault(
+            part.name, TensorStorageMetadata(TensorProperties(dtype=part.value.dtype), size, [])
+        )
+        entry.chunks.append(ChunkStorageMetadata(offset, part.value.shape))
+        buffer = io.BytesIO()
+        torch.save(part.value.clone(), buffer)  # without the rest of a memory that it may share
+        self._store(part.name, offset, buffer)
+        self.tensors[part.name] = part.size
+
+    def replace(self, name: str, value: Any) -> None:
+        """Replace an entry that is no tensor."""
+        buffer = io.BytesIO()
+        inert.save(value, buffer)
+        self._store(name, None, buffer)
+
+    def close(self) -> int:
+        """Write the file to disk; returns its size in bytes."""
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return self._position
+
+    def _store(self, name: str, offset: torch.Size | None, buffer: io.BytesIO) -> None:
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        data = buffer.getvalue()
+        self._file.write(data)
+        self._metadata.storage_data[MetadataIndex(name, offset)] = _StorageInfo(
+            self._name, self._position, len(data)
+        )
+        self._position += len(data)
+
+
+def _link_files(old: Path, new: Path, link: str) -> Written:
+    """Bring every file of an iteration into a new folder, except those that the new one has for itself."""
+    written = Written("hard" if link == "auto" else link)
+    for folder, folders, files in os.walk(old):
+        place = new / os.path.relpath(folder, old)
+        for name in folders:
+            (place / name).mkdir()
+        for name in files:
+            if place == new and name in _OWN_FILES:
+                continue
+            file = (Path(folder) / name).resolve()
+            try:
+                _link(file, place / name, written.links)
+            except OSError as error:
+                if link != "auto" or written.links != "hard" or error.errno not in _NOT_LINKABLE:
+                    raise
+                written.links = "symbolic"  # the first file decides: they are all on one file system
+                _link(file, place / name, written.links)
+            written.linked_files += 1
+            written.linked_bytes += file.stat().st_size
+    return written
+
+
+def _link(file: Path, place: Path, link: str) -> None:
+    if link == "hard":
+        os.link(file, place)
+    elif link == "symbolic":
+        place.symlink_to(file)
+    else:
+        shutil.copy2(file, place)
+        with open(place, "rb") as copy:
+            os.fsync(copy.fileno())
+
+
+def _write(file: Path, data: bytes) -> int:
+    with open(file, "xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return len(data)
+
+
+def _sync(folder: Path) -> None:
+    """Make names in a folder durable; some network file systems cannot, and need not."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _state_of_files(source: Checkpoint) -> dict[str, tuple[int, int, int]]:
+    """Inode, size and time of the last change of every file of an iteration."""
+    return {
+        str(file): (state.st_ino, state.st_size, state.st_mtime_ns)
+        for file in source.path.rglob("*")
+        for state in [file.stat()]
+    }
