@@ -12,7 +12,9 @@ _USAGE = """\
 megatron-fope [--cpu] SCRIPT.py [Megatron's arguments]   run a Megatron training script with FoPE available
 megatron-fope [--cpu] pretrain [Megatron's arguments]    GPT pre-training from the megatron-core wheel alone
 megatron-fope prepare-data ...                           text to Megatron's .bin/.idx
+megatron-fope make-recall-data ...                       associative recall to train on, as .bin/.idx
 megatron-fope evaluate-perplexity ...                    perplexity of checkpoints over context lengths
+megatron-fope evaluate-retrieval ...                     what checkpoints find in long contexts
 megatron-fope convert SOURCE TARGET ...                  RoPE checkpoint to FoPE, or FoPE to a longer FoPE
 megatron-fope inspect FOLDER | diff A B                  what checkpoints hold, how two differ
 megatron-fope bench ...                                  speed, memory and communication beside RoPE
@@ -52,10 +54,10 @@ def _dispatch(argv: list[str]) -> int:
         run_pretraining([a for a in argv[1:] if a != "--cpu"], cpu=cpu or "--cpu" in argv)
         return 0
     if cpu:
-        if not argv or argv[0] != "evaluate-perplexity":
+        if not argv or argv[0] not in ("evaluate-perplexity", "evaluate-retrieval"):
             raise UserError(
-                "--cpu goes in front of a training script, 'pretrain' or 'evaluate-perplexity', not "
-                f"{argv[0] if argv else 'nothing'!r}"
+                "--cpu goes in front of a training script, 'pretrain', 'evaluate-perplexity' or "
+                f"'evaluate-retrieval', not {argv[0] if argv else 'nothing'!r}"
             )
         argv = [argv[0], "--cpu", *argv[1:]]
     parser = argparse.ArgumentParser(
@@ -69,11 +71,17 @@ def _dispatch(argv: list[str]) -> int:
     from megatron_fope.bench import command as bench
     from megatron_fope.conversion import command as conversion
     from megatron_fope.data import command as preparation
+    from megatron_fope.data import recall_command as recall
     from megatron_fope.evaluation import command as evaluation
+    from megatron_fope.evaluation import retrieval_command as retrieval
 
     preparation.add_arguments(commands.add_parser("prepare-data", help="text to Megatron's .bin/.idx"))
+    recall.add_arguments(commands.add_parser("make-recall-data", help="associative recall to train on"))
     evaluation.add_arguments(
         commands.add_parser("evaluate-perplexity", help="perplexity of checkpoints over context lengths")
+    )
+    retrieval.add_arguments(
+        commands.add_parser("evaluate-retrieval", help="what checkpoints find in long contexts")
     )
     bench.add_arguments(commands.add_parser("bench", help="speed, memory and communication beside RoPE"))
     for name, text in conversion.COMMANDS.items():
@@ -87,6 +95,10 @@ def _dispatch(argv: list[str]) -> int:
         return preparation.run(arguments)
     if arguments.command == "evaluate-perplexity":
         return evaluation.run(arguments)
+    if arguments.command == "make-recall-data":
+        return recall.run(arguments)
+    if arguments.command == "evaluate-retrieval":
+        return retrieval.run(arguments)
     if arguments.command == "bench":
         return bench.run(arguments)
     parser.print_help()

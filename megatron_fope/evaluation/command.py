@@ -3,65 +3,42 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_fope import __version__
-from megatron_fope.checkpoint import CheckpointInfo, read_checkpoint
 from megatron_fope.errors import UserError
+from megatron_fope.evaluation import launching
+from megatron_fope.evaluation.launching import Layout
 
-logger = logging.getLogger(__name__)
+_LENGTHS = "whole numbers >= 2, separated by commas"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.description = (
         "Perplexity of one or more Megatron checkpoints (RoPE or FoPE) over context lengths: the same tokens "
-        "are cut into windows of each length. The model, its precision and its TP and PP sizes come from the "
-        "checkpoint."
+        "are cut into windows of each length. The model and its precision come from the checkpoint."
     )
-    parser.add_argument(
-        "--checkpoint",
-        action="append",
-        required=True,
-        metavar="[NAME=]FOLDER",
-        help="folder made by Megatron's --save; may be repeated. NAME labels it, default: the folder's name",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--data-path",
         required=True,
         metavar="PREFIX",
         help="tokens to evaluate on: PREFIX.bin and PREFIX.idx",
     )
-    parser.add_argument(
+    add(
         "--lengths",
         metavar="N,N,...",
         help="context lengths in tokens. Default: 0.5 to 16 times the first checkpoint's train length",
     )
-    parser.add_argument("--tokens", type=int, default=65536, metavar="N", help="tokens evaluated per length")
-    parser.add_argument(
-        "--tokens-per-batch",
+    add("--tokens", type=int, default=65536, metavar="N", help="tokens evaluated per length (default: 65536)")
+    add(
+        "--by-position",
         type=int,
-        default=4096,
-        metavar="N",
-        help="tokens in one forward pass, at least a window",
+        metavar="BUCKETS",
+        help="also perplexity by position: the window is divided into this many equal ranges",
     )
-    parser.add_argument("--output", metavar="FILE.json", help="write the results here")
-    parser.add_argument("--picture", metavar="FILE.png", help="draw the results here (needs matplotlib)")
-    parser.add_argument("--title", default="Perplexity by context length", help="title of the picture")
-    parser.add_argument("--cpu", action="store_true", help="evaluate on the CPU with gloo")
-    parser.add_argument(
-        "megatron",
-        nargs="*",
-        metavar="-- MEGATRON FLAGS",
-        help="further flags for Megatron behind --, e.g. --transformer-impl local",
-    )
+    launching.add_arguments(parser, title="Perplexity by context length")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,24 +47,19 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: bad input, found before any process starts; or an evaluation failed.
     """
-    labels = [_label(text)[0] for text in arguments.checkpoint]
-    if len(set(labels)) < len(labels):
-        raise UserError(
-            f"--checkpoint has the labels {', '.join(labels)}; allowed: different ones, NAME=FOLDER"
-        )
+    options = launching.common_options(arguments)
+    lengths = arguments.lengths
     results = evaluate_perplexity(
-        dict(map(_label, arguments.checkpoint)),
+        options.pop("checkpoints"),
         arguments.data_path,
-        lengths=None if arguments.lengths is None else _lengths(arguments.lengths),
+        lengths=None if lengths is None else launching.parse_list("--lengths", lengths, int, _LENGTHS),
         num_tokens=arguments.tokens,
-        tokens_per_batch=arguments.tokens_per_batch,
-        cpu=arguments.cpu,
-        megatron_flags=arguments.megatron,
-        output=arguments.output,
-        picture=arguments.picture,
-        title=arguments.title,
+        by_position=arguments.by_position,
+        **options,
     )
     print(table(results))
+    if arguments.by_position:
+        print(f"\n{position_table(results)}")
     return 0
 
 
@@ -97,10 +69,13 @@ def evaluate_perplexity(
     *,
     lengths: list[int] | None = None,
     num_tokens: int = 65536,
+    by_position: int | None = None,
     tokens_per_batch: int = 4096,
+    layout: Layout | None = None,
     cpu: bool = False,
     megatron_flags: list[str] | None = None,
     output: str | Path | None = None,
+    csv_file: str | Path | None = None,
     picture: str | Path | None = None,
     title: str = "Perplexity by context length",
 ) -> dict[str, Any]:
@@ -111,63 +86,60 @@ def evaluate_perplexity(
         data_path: prefix of a ``.bin``/``.idx`` pair.
         lengths: context lengths in tokens; None: 0.5 to 16 times the first checkpoint's train length.
         num_tokens: tokens evaluated per length, the same for all lengths.
+        by_position: also report the loss in this many equal ranges of positions in the window.
         tokens_per_batch: tokens in one forward pass.
+        layout: parallel sizes; None: the checkpoint's TP and PP.
         cpu: run on the CPU with gloo.
         megatron_flags: further flags for Megatron.
         output: JSON file to write.
+        csv_file: CSV file to write: a row per checkpoint, length and range of positions.
         picture: PNG file to draw.
         title: the picture's title.
 
     Returns:
         ``{"data_path", "tokens", "version", "checkpoints": {label: {"folder", "iteration",
         "position_embedding_type", "train_length", "results": [{"length", "tokens", "loss",
-        "perplexity"}]}}}``; loss is in nats per token.
+        "perplexity"}]}}}``; loss is in nats per token. With ``by_position``, every result also has
+        ``"by_position": [{"start", "stop", "tokens", "loss", "perplexity"}]``.
 
     Raises:
         UserError: bad input, or an evaluation failed.
     """
     if lengths is not None and (not lengths or min(lengths) < 2):
-        raise UserError(f"--lengths is {lengths}; allowed: whole numbers >= 2, separated by commas")
-    for suffix in (".bin", ".idx"):
-        if not Path(f"{data_path}{suffix}").is_file():
-            raise UserError(f"--data-path is {str(data_path)!r}: {data_path}{suffix} does not exist")
+        raise UserError(f"--lengths is {lengths}; allowed: {_LENGTHS}")
+    launching.check_data(data_path)
     if picture is not None:
         from megatron_fope.evaluation import plot
 
         plot.require_matplotlib()
-    infos = {label: read_checkpoint(folder) for label, folder in checkpoints.items()}
+    infos = launching.read_checkpoints(checkpoints)
     if lengths is None:
         trained = next(iter(infos.values())).train_length
         lengths = [trained // 2, *(trained * factor for factor in (1, 2, 4, 8, 16))]
     if num_tokens < max(lengths):
         raise UserError(f"--tokens is {num_tokens}; allowed: at least the longest length, {max(lengths)}")
-    report: dict[str, Any] = {
+    if by_position is not None and not 1 <= by_position <= min(lengths):
+        raise UserError(f"--by-position is {by_position}; allowed: 1 to the shortest length, {min(lengths)}")
+    request = {
+        "kind": "perplexity",
         "data_path": str(data_path),
-        "tokens": num_tokens,
-        "version": __version__,
-        "checkpoints": {},
+        "lengths": lengths,
+        "num_tokens": num_tokens,
+        "by_position": by_position,
+        "tokens_per_batch": tokens_per_batch,
     }
-    for label, info in infos.items():
-        request = {
-            "checkpoint": str(info.folder),
-            "data_path": str(data_path),
-            "lengths": lengths,
-            "num_tokens": num_tokens,
-            "tokens_per_batch": tokens_per_batch,
-            "cpu": cpu,
-            "megatron_flags": [*_megatron_flags(info, cpu), *(megatron_flags or [])],
-        }
-        logger.info("evaluating %s at %s tokens", info.folder, ", ".join(map(str, lengths)))
-        report["checkpoints"][label] = {
-            "folder": str(info.folder),
-            "iteration": info.iteration,
-            "position_embedding_type": info.position_embedding_type,
-            "train_length": info.train_length,
-            "results": _launch(request, info),
-        }
+    report = launching.evaluate_all(
+        request,
+        {"data_path": str(data_path), "tokens": num_tokens},
+        infos,
+        layout or Layout(),
+        cpu,
+        megatron_flags or [],
+    )
     if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(report, indent=2) + "\n")
+        launching.write_json(report, output)
+    if csv_file is not None:
+        launching.write_csv(_csv_rows(report), csv_file)
     if picture is not None:
         plot.draw(report, picture, title)
     return report
@@ -175,58 +147,37 @@ def evaluate_perplexity(
 
 def table(report: dict[str, Any]) -> str:
     """The results as an aligned text table, one row per length."""
-    checkpoints = report["checkpoints"]
-    width = max(10, *(len(label) + 2 for label in checkpoints))
-    lines = ["length".rjust(8) + "".join(label.rjust(width) for label in checkpoints)]
-    for i, row in enumerate(next(iter(checkpoints.values()))["results"]):
-        values = (f"{c['results'][i]['perplexity']:.2f}".rjust(width) for c in checkpoints.values())
-        lines.append(str(row["length"]).rjust(8) + "".join(values))
+    results = {label: checkpoint["results"] for label, checkpoint in report["checkpoints"].items()}
+    return _table("length", [str(row["length"]) for row in next(iter(results.values()))], results)
+
+
+def position_table(report: dict[str, Any]) -> str:
+    """Perplexity by position in the longest window as an aligned text table, one row per range."""
+    results = {
+        label: max(checkpoint["results"], key=lambda row: row["length"])["by_position"]
+        for label, checkpoint in report["checkpoints"].items()
+    }
+    rows = [f"{row['start']}-{row['stop'] - 1}" for row in next(iter(results.values()))]
+    return _table("position", rows, results)
+
+
+def _table(head: str, rows: list[str], results: dict[str, list[dict[str, Any]]]) -> str:
+    first = max(8, *map(len, rows))
+    width = max(10, *(len(label) + 2 for label in results))
+    lines = [head.rjust(first) + "".join(label.rjust(width) for label in results)]
+    for i, row in enumerate(rows):
+        values = (f"{result[i]['perplexity']:.2f}".rjust(width) for result in results.values())
+        lines.append(row.rjust(first) + "".join(values))
     return "\n".join(lines)
 
 
-def _megatron_flags(info: CheckpointInfo, cpu: bool) -> list[str]:
-    """How to run a checkpoint's model; what the model is, the worker takes from the checkpoint itself."""
-    stored = info.args
-    flags = ["--load", str(info.folder), "--no-load-optim", "--no-load-rng", "--micro-batch-size", "1"]
-    flags += ["--tensor-model-parallel-size", str(stored.tensor_model_parallel_size)]
-    flags += ["--pipeline-model-parallel-size", str(stored.pipeline_model_parallel_size)]
-    flags += ["--exit-on-missing-checkpoint", "--ckpt-format", stored.ckpt_format]
-    if getattr(stored, "sequence_parallel", False):
-        flags.append("--sequence-parallel")
-    if stored.transformer_impl == "local" or cpu:
-        flags += ["--transformer-impl", "local"]
-    return flags
-
-
-def _launch(request: dict[str, Any], info: CheckpointInfo) -> list[dict[str, Any]]:
-    """Run the worker with as many processes as the checkpoint's tensor and pipeline parallelism need."""
-    num_ranks = info.args.tensor_model_parallel_size * info.args.pipeline_model_parallel_size
-    with tempfile.TemporaryDirectory() as folder:
-        request_file, result_file = Path(folder) / "request.json", Path(folder) / "result.json"
-        request_file.write_text(json.dumps(request))
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(num_ranks)),
-            *("-m", "megatron_fope.evaluation.worker", str(request_file), str(result_file)),
-        ]
-        environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} | os.environ
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode or not result_file.is_file():
-            own = [line for line in done.stderr.splitlines() if line.startswith("megatron-fope: error: ")]
-            if own:
-                raise UserError(own[0].removeprefix("megatron-fope: error: "))
-            sys.stderr.write(done.stdout[-2000:] + done.stderr[-6000:])
-            raise UserError(f"the evaluation of {info.folder} failed; its last output is above")
-        return json.loads(result_file.read_text())
-
-
-def _label(text: str) -> tuple[str, str]:
-    name, separator, folder = text.partition("=")
-    return (name, folder) if separator else (Path(text).name, text)
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"--lengths is {text!r}; allowed: whole numbers >= 2, separated by commas") from None
+def _csv_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for label, checkpoint in report["checkpoints"].items():
+        about = launching.identity(label, checkpoint) | {"data_path": report["data_path"]}
+        for result in checkpoint["results"]:
+            numbers = {key: result[key] for key in ("tokens", "loss", "perplexity")}
+            whole = {"length": result["length"], "start": 0, "stop": result["length"]}
+            rows.append(about | whole | numbers)
+            rows += [about | {"length": result["length"]} | part for part in result.get("by_position", ())]
+    return rows

@@ -1,120 +1,87 @@
-"""One rank of a perplexity evaluation; started by :mod:`megatron_fope.evaluation.command` under torchrun."""
+"""One rank of an evaluation; started by :mod:`megatron_fope.evaluation.launching` under torchrun."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_fope.errors import UserError, exit_on_user_error
 
-_MODEL_GROUPS = (
-    "transformer configuration",
-    "network size",
-    "tokenizer",
-    "moe",
-    "mla",
-    "experimental_attention_variant",
-    "heterogeneous architecture",
-    "FoPE",
-)
-"""Argument groups of Megatron that describe the model and not how it was run."""
-
-_ALSO_MODEL = ("seq_length", "fp16", "bf16", "transformer_impl", "spec")
-_NOT_MODEL = (
-    "fusion",
-    "recompute",
-    "offload",
-    "cuda_graph",
-    "persist",
-    "cpu_initialization",
-    "coder_num_layers",
-)
-"""Parts of names that stand among the model's arguments but are ways of running, or derived from others."""
-
 
 def main(request_file: str, result_file: str) -> None:
     """Evaluate as the request says; rank 0 writes the result."""
     request = json.loads(Path(request_file).read_text())
-    sys.argv = ["megatron-fope evaluate-perplexity", *request["megatron_flags"]]
+    sys.argv = ["megatron-fope", *request["megatron_flags"]]
     from megatron_fope.launch import prepare
 
     prepare(cpu=request["cpu"])
     import torch
 
+    from megatron_fope.evaluation.model import load_model
+
     model = load_model(request["checkpoint"])
-    tokens = read_tokens(request["data_path"], request["num_tokens"] + 1)
-    if tokens.numel() <= max(request["lengths"]):
-        raise UserError(
-            f"--data-path is {request['data_path']!r}: it holds {tokens.numel()} tokens; allowed: more than "
-            f"the longest length, {max(request['lengths'])}"
-        )
-    results = [
-        {"length": length} | perplexity(model, tokens, length, request["tokens_per_batch"])
-        for length in request["lengths"]
-    ]
+    results = {"perplexity": _perplexity, "retrieval": _retrieval}[request["kind"]](model, request)
     if torch.distributed.get_rank() == 0:
         Path(result_file).write_text(json.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def load_model(checkpoint: str) -> list[Any]:
-    """Initialise Megatron as the checkpoint's arguments say and load its model.
+def _perplexity(model: list[Any], request: dict[str, Any]) -> list[dict[str, Any]]:
+    from megatron_fope.evaluation.perplexity import perplexity
 
-    Args:
-        checkpoint: folder given to ``--save``; ``sys.argv`` holds the flags for this run.
+    tokens = read_tokens(request["data_path"], request["num_tokens"] + 1)
+    if tokens.numel() <= max(request["lengths"]):
+        raise UserError(
+            f"--data-path is {request['data_path']!r}: it holds {tokens.numel()} tokens; allowed: more than "
+            f"the longest length, {max(request['lengths'])}"
+        )
+    return [
+        {"length": length}
+        | perplexity(model, tokens, length, request["tokens_per_batch"], request["by_position"])
+        for length in request["lengths"]
+    ]
 
-    Returns:
-        The model's chunks on this rank, in evaluation mode.
-    """
+
+def _retrieval(model: list[Any], request: dict[str, Any]) -> list[dict[str, Any]]:
+    import numpy as np
     from megatron.training import get_args
-    from megatron.training.checkpointing import load_checkpoint
-    from megatron.training.training import get_model
 
-    from megatron_fope import compat
-    from megatron_fope.checkpoint import read_checkpoint
-    from megatron_fope.model import embedding_ranks, model_provider
+    from megatron_fope.evaluation.retrieval import Task, check_ids, retrieval_accuracy
 
-    compat.use_prebuilt_dataset_helpers()
-    compat.repair_checkpoint_metadata_reader()
-    stored = read_checkpoint(checkpoint).args
-    compat.initialize_megatron(partial(_adopt, stored), get_embedding_ranks=embedding_ranks)
-    model = get_model(model_provider, wrap_with_ddp=False)
-    load_checkpoint(model, None, None)
-    if get_args().position_embedding_type == "fope":
-        from megatron_fope.report import assert_fope_active, describe
+    text = read_tokens(request["text"], request["text_tokens"]).numpy()
+    values = request["task"]
+    if values["key_ids"] is None:
+        values |= _ids_of(text, values["name"])
+    task = Task(**values)
+    if task.name == "recall" and task.pair_fraction < 1:
+        text = text[~np.isin(text, [*task.key_ids, *task.value_ids])]
+    if not len(text):
+        raise UserError(
+            f"--data-path is {request['text']!r}: it holds no tokens besides keys and values; allowed: data "
+            "that does"
+        )
+    vocab_size = get_args().padded_vocab_size
+    check_ids(text, vocab_size, f"--data-path {request['text']}")
+    check_ids(np.array([*task.key_ids, *task.value_ids, *task.marker]), vocab_size, f"the {task.name} task")
+    depths, samples = request["depths"], request["samples"]
+    return [
+        row
+        for length in request["lengths"]
+        for row in retrieval_accuracy(model, task, text, length, depths, samples, request["tokens_per_batch"])
+    ]
 
-        if describe(model):
-            assert_fope_active(model)
-    for chunk in model:
-        chunk.eval()
-    return model
 
+def _ids_of(text: Any, task: str) -> dict[str, list[int]]:
+    """Keys and values from the ids that a text holds; in recall, where a key is one token, none is both."""
+    import numpy as np
 
-def _adopt(stored: Any, parser: Any, args: Any) -> None:
-    """Take everything that describes the model from the checkpoint's arguments.
-
-    Megatron's ``--use-checkpoint-args`` copies a list that leaves out precision, query/key normalisation
-    and more; a model evaluated without them would be another one.
-    """
-    from megatron.core.model_parallel_config import ModelParallelConfig
-
-    parallel = set(ModelParallelConfig.__dataclass_fields__)
-    given = {word.split("=")[0] for word in sys.argv}
-    for group in parser._action_groups:
-        for action in group._group_actions:
-            name = action.dest
-            of_model = group.title in _MODEL_GROUPS and name not in parallel
-            if name not in _ALSO_MODEL and (not of_model or any(part in name for part in _NOT_MODEL)):
-                continue
-            if hasattr(stored, name) and not given & set(action.option_strings):
-                setattr(args, name, getattr(stored, name))
+    ids = np.unique(text).tolist()
+    if task == "recall":
+        return {"key_ids": ids[::2], "value_ids": ids[1::2]}
+    return {"key_ids": ids, "value_ids": ids}
 
 
 def read_tokens(prefix: str, count: int) -> Any:
@@ -135,71 +102,6 @@ def read_tokens(prefix: str, count: int) -> Any:
         if total >= count:
             break
     return torch.from_numpy(np.concatenate(parts)[:count])
-
-
-def perplexity(model: list[Any], tokens: Any, length: int, tokens_per_batch: int) -> dict[str, float]:
-    """Mean loss over windows of one length.
-
-    Every token but the first is predicted exactly once, from the tokens before it in its window; what does
-    not fill a window is left out.
-
-    Args:
-        model: from :func:`load_model`.
-        tokens: ``[n + 1]`` int64.
-        length: window length in tokens.
-        tokens_per_batch: tokens in one forward pass.
-
-    Returns:
-        ``tokens`` evaluated, mean ``loss`` in nats per token and its exponential, ``perplexity``.
-    """
-    import torch
-    from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    num_windows = (tokens.numel() - 1) // length
-    inputs = tokens[: num_windows * length].view(num_windows, length)
-    labels = tokens[1 : num_windows * length + 1].view(num_windows, length)
-    batch = max(1, min(num_windows, tokens_per_batch // length))
-    total = torch.zeros(1, dtype=torch.float64)
-    # The schedule keeps one size for all micro-batches, so a smaller last batch is a run of its own.
-    full, rest = divmod(num_windows, batch)
-    for first, size, count in ((0, batch, full), (full * batch, rest, 1)):
-        if not size:
-            continue
-        pieces = iter(zip(inputs[first:].split(size), labels[first:].split(size), strict=True))
-        with torch.no_grad():
-            reports = get_forward_backward_func()(
-                forward_step_func=_forward_step,
-                data_iterator=list(itertools.tee(pieces, len(model))),
-                model=model,
-                num_microbatches=count,
-                seq_length=length,
-                micro_batch_size=size,
-                forward_only=True,
-            )
-        total += sum(float(report["loss"]) for report in reports)
-    on_last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
-    total = total.to(next(model[0].parameters()).device)
-    torch.distributed.broadcast(
-        total, on_last_stage, group=parallel_state.get_pipeline_model_parallel_group()
-    )
-    loss = float(total) / (num_windows * length)
-    return {"tokens": num_windows * length, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-
-
-def _forward_step(data_iterator: Iterator, model: Any) -> tuple[Any, Callable]:
-    import torch
-
-    inputs, labels = (part.cuda() for part in next(data_iterator))
-    positions = torch.arange(inputs.size(1), device=inputs.device).expand_as(inputs)
-    losses = model(inputs, positions, None, labels=labels)
-    return losses, _sum_of_losses
-
-
-def _sum_of_losses(losses: Any) -> tuple[Any, dict[str, Any]]:
-    total = losses.double().sum()
-    # A copy: the schedule divides the first value in place by the number of micro-batches.
-    return total, {"loss": total.clone()}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,291 @@
+"""What the evaluation commands share: checkpoints and layouts on the command line, and starting the ranks."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_fope import __version__
+from megatron_fope.checkpoint import CheckpointInfo, read_checkpoint
+from megatron_fope.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """On how many ranks an evaluation runs.
+
+    Attributes:
+        tensor: tensor-parallel size; None: the checkpoint's.
+        pipeline: pipeline-parallel size; None: the checkpoint's.
+        context: context-parallel size.
+    """
+
+    tensor: int | None = None
+    pipeline: int | None = None
+    context: int = 1
+
+    def sizes(self, info: CheckpointInfo) -> tuple[int, int, int]:
+        """Tensor-, pipeline- and context-parallel size for one checkpoint.
+
+        Raises:
+            UserError: not a positive number, or the checkpoint's format is bound to another layout.
+        """
+        stored = info.args
+        flags = {
+            "--tensor-model-parallel-size": (self.tensor, stored.tensor_model_parallel_size),
+            "--pipeline-model-parallel-size": (self.pipeline, stored.pipeline_model_parallel_size),
+            "--context-parallel-size": (self.context, 1),
+        }
+        for flag, (given, saved) in flags.items():
+            if given is not None and given < 1:
+                raise UserError(f"{flag} is {given}; allowed: 1 or more")
+            in_files = stored.ckpt_format == "torch" and flag != "--context-parallel-size"
+            if in_files and given not in (None, saved):
+                raise UserError(
+                    f"{flag} is {given}, but {info.folder} was saved with {saved} in the 'torch' "
+                    f"format, which is bound to it; allowed: {saved}"
+                )
+        tensor, pipeline, context = (saved if given is None else given for given, saved in flags.values())
+        vocab_size = getattr(stored, "padded_vocab_size", None)
+        if vocab_size and vocab_size % tensor:
+            raise UserError(
+                f"--tensor-model-parallel-size is {tensor}; allowed: divisors of {vocab_size}, the "
+                f"vocabulary of {info.folder}"
+            )
+        return tensor, pipeline, context
+
+    def check_lengths(self, lengths: Iterable[int], info: CheckpointInfo) -> None:
+        """Refuse lengths that context or sequence parallelism cannot cut.
+
+        Raises:
+            UserError: there is one.
+        """
+        tensor, _, context = self.sizes(info)
+        parts, reasons = 1, []
+        if context > 1:
+            parts *= 2 * context
+            reasons.append(f"--context-parallel-size {context}")
+        if tensor > 1 and getattr(info.args, "sequence_parallel", False):
+            parts *= tensor
+            reasons.append(f"sequence parallelism over {tensor} ranks")
+        for length in lengths:
+            if length % parts:
+                raise UserError(
+                    f"--lengths: {length} given; allowed with {' and '.join(reasons)}: multiples of {parts}"
+                )
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, title: str) -> None:
+    """The flags of every evaluation command."""
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        action="append",
+        required=True,
+        metavar="[NAME=]FOLDER",
+        help="folder made by Megatron's --save; may be repeated. NAME labels it, default: the folder's name",
+    )
+    add(
+        "--tokens-per-batch",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="tokens in one forward pass, at least one sequence (default: 4096)",
+    )
+    add("--output", metavar="FILE.json", help="write the results here")
+    add("--csv", metavar="FILE.csv", help="write the results here, a row for each number")
+    add("--picture", metavar="FILE.png", help="draw the results here (needs matplotlib)")
+    add("--title", default=title, help="title of the picture")
+    for word, letters in (("tensor", "TP"), ("pipeline", "PP")):
+        own = f"{letters} of this run (default: the checkpoint's)"
+        add(f"--{word}-model-parallel-size", type=int, metavar="N", help=own)
+    add("--context-parallel-size", type=int, default=1, metavar="N", help="CP of this run (default: 1)")
+    add("--cpu", action="store_true", help="evaluate on the CPU with gloo")
+    add(
+        "megatron",
+        nargs="*",
+        metavar="-- MEGATRON FLAGS",
+        help="further flags for Megatron behind --, e.g. --transformer-impl local",
+    )
+
+
+def common_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values of :func:`add_arguments` as keyword arguments of the evaluations.
+
+    Raises:
+        UserError: two checkpoints have one label.
+    """
+    pairs = [_label(text) for text in arguments.checkpoint]
+    labels = [label for label, _ in pairs]
+    if len(set(labels)) < len(labels):
+        raise UserError(
+            f"--checkpoint has the labels {', '.join(labels)}; allowed: different ones, NAME=FOLDER"
+        )
+    return {
+        "checkpoints": dict(pairs),
+        "tokens_per_batch": arguments.tokens_per_batch,
+        "layout": Layout(
+            arguments.tensor_model_parallel_size,
+            arguments.pipeline_model_parallel_size,
+            arguments.context_parallel_size,
+        ),
+        "cpu": arguments.cpu,
+        "megatron_flags": arguments.megatron,
+        "output": arguments.output,
+        "csv_file": arguments.csv,
+        "picture": arguments.picture,
+        "title": arguments.title,
+    }
+
+
+def parse_list(flag: str, text: str, number: Callable[[str], Any], allowed: str) -> list[Any]:
+    """Numbers separated by commas.
+
+    Raises:
+        UserError: something else.
+    """
+    try:
+        return [number(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag} is {text!r}; allowed: {allowed}") from None
+
+
+def check_data(data_path: str | Path) -> None:
+    """Refuse data that is not there.
+
+    Raises:
+        UserError: a file of it is missing.
+    """
+    for suffix in (".bin", ".idx"):
+        if not Path(f"{data_path}{suffix}").is_file():
+            raise UserError(f"--data-path is {str(data_path)!r}: {data_path}{suffix} does not exist")
+
+
+def evaluate_all(
+    request: dict[str, Any],
+    settings: dict[str, Any],
+    checkpoints: dict[str, CheckpointInfo],
+    layout: Layout,
+    cpu: bool,
+    megatron_flags: list[str],
+) -> dict[str, Any]:
+    """Run the worker for one checkpoint after another.
+
+    Args:
+        request: what the worker does, as plain JSON values.
+        settings: what the report says about it.
+        checkpoints: by label.
+        layout: the ranks of each.
+        cpu: run on the CPU with gloo.
+        megatron_flags: further flags for Megatron.
+
+    Returns:
+        The settings with ``version`` and ``checkpoints``: for every label ``folder``, ``iteration``,
+        ``position_embedding_type``, ``train_length`` and ``results``.
+
+    Raises:
+        UserError: an evaluation failed.
+    """
+    report = settings | {"version": __version__, "checkpoints": {}}
+    for info in checkpoints.values():
+        layout.check_lengths(request["lengths"], info)
+    for label, info in checkpoints.items():
+        logger.info("evaluating %s at %s tokens", info.folder, ", ".join(map(str, request["lengths"])))
+        flags = [*_megatron_flags(info, layout, cpu), *megatron_flags]
+        own = {"checkpoint": str(info.folder), "cpu": cpu, "megatron_flags": flags}
+        tensor, pipeline, context = layout.sizes(info)
+        report["checkpoints"][label] = {
+            "folder": str(info.folder),
+            "iteration": info.iteration,
+            "position_embedding_type": info.position_embedding_type,
+            "train_length": info.train_length,
+            "results": _launch(request | own, tensor * pipeline * context),
+        }
+    return report
+
+
+def read_checkpoints(checkpoints: dict[str, str | Path]) -> dict[str, CheckpointInfo]:
+    """What every checkpoint says about itself, by label.
+
+    Raises:
+        UserError: one of them is none.
+    """
+    return {label: read_checkpoint(folder) for label, folder in checkpoints.items()}
+
+
+def write_json(report: dict[str, Any], path: str | Path) -> None:
+    """Write a report."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def write_csv(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """Write rows that have the same keys."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def identity(label: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a CSV row that say which model it is about."""
+    keys = ("iteration", "position_embedding_type", "train_length")
+    return {"checkpoint": label} | {key: checkpoint[key] for key in keys}
+
+
+def _megatron_flags(info: CheckpointInfo, layout: Layout, cpu: bool) -> list[str]:
+    """How to run a checkpoint's model; what the model is, the worker takes from the checkpoint itself."""
+    stored = info.args
+    tensor, pipeline, context = layout.sizes(info)
+    flags = ["--load", str(info.folder), "--no-load-optim", "--no-load-rng", "--micro-batch-size", "1"]
+    flags += ["--tensor-model-parallel-size", str(tensor)]
+    flags += ["--pipeline-model-parallel-size", str(pipeline)]
+    flags += ["--context-parallel-size", str(context)]
+    if getattr(stored, "padded_vocab_size", None):
+        # Another tensor-parallel size would pad the vocabulary otherwise, with rows that nobody trained.
+        flags += ["--make-vocab-size-divisible-by", str(stored.padded_vocab_size // tensor)]
+    flags += ["--exit-on-missing-checkpoint", "--ckpt-format", stored.ckpt_format]
+    if getattr(stored, "sequence_parallel", False) and tensor > 1:
+        flags.append("--sequence-parallel")
+    if stored.transformer_impl == "local" or cpu:
+        flags += ["--transformer-impl", "local"]
+    return flags
+
+
+def _launch(request: dict[str, Any], num_ranks: int) -> list[dict[str, Any]]:
+    """Run the worker on a number of ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        request_file, result_file = Path(folder) / "request.json", Path(folder) / "result.json"
+        request_file.write_text(json.dumps(request))
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(num_ranks)),
+            *("-m", "megatron_fope.evaluation.worker", str(request_file), str(result_file)),
+        ]
+        environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} | os.environ
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode or not result_file.is_file():
+            own = [line for line in done.stderr.splitlines() if line.startswith("megatron-fope: error: ")]
+            if own:
+                raise UserError(own[0].removeprefix("megatron-fope: error: "))
+            sys.stderr.write(done.stdout[-2000:] + done.stderr[-6000:])
+            raise UserError(f"the evaluation of {request['checkpoint']} failed; its last output is above")
+        return json.loads(result_file.read_text())
+
+
+def _label(text: str) -> tuple[str, str]:
+    name, separator, folder = text.partition("=")
+    return (name, folder) if separator else (Path(text).name, text)

@@ -1,0 +1,160 @@
+"""A checkpoint's model on one rank, and forward passes through it in any layout."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+_MODEL_GROUPS = (
+    "transformer configuration",
+    "network size",
+    "tokenizer",
+    "moe",
+    "mla",
+    "experimental_attention_variant",
+    "heterogeneous architecture",
+    "FoPE",
+)
+"""Argument groups of Megatron that describe the model and not how it was run."""
+
+_ALSO_MODEL = ("seq_length", "fp16", "bf16", "transformer_impl", "spec")
+_NOT_MODEL = (
+    "fusion",
+    "recompute",
+    "offload",
+    "cuda_graph",
+    "persist",
+    "cpu_initialization",
+    "coder_num_layers",
+)
+"""Parts of names that stand among the model's arguments but are ways of running, or derived from others."""
+
+Batch = dict[str, Any]
+"""Tensors ``[b, s]``: ``tokens``, ``position_ids``, for losses ``labels``, and what a reduction needs."""
+
+
+def load_model(checkpoint: str) -> list[Any]:
+    """Initialise Megatron as the checkpoint's arguments say and load its model.
+
+    Args:
+        checkpoint: folder given to ``--save``; ``sys.argv`` holds the flags for this run.
+
+    Returns:
+        The model's chunks on this rank, in evaluation mode.
+    """
+    from megatron.training import get_args
+    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.training import get_model
+
+    from megatron_fope import compat
+    from megatron_fope.checkpoint import read_checkpoint
+    from megatron_fope.model import embedding_ranks, model_provider
+
+    compat.use_prebuilt_dataset_helpers()
+    compat.repair_checkpoint_metadata_reader()
+    stored = read_checkpoint(checkpoint).args
+    compat.initialize_megatron(partial(_adopt, stored), get_embedding_ranks=embedding_ranks)
+    model = get_model(model_provider, wrap_with_ddp=False)
+    load_checkpoint(model, None, None)
+    if get_args().position_embedding_type == "fope":
+        from megatron_fope.report import assert_fope_active, describe
+
+        if describe(model):
+            assert_fope_active(model)
+    for chunk in model:
+        chunk.eval()
+    return model
+
+
+def _adopt(stored: Any, parser: Any, args: Any) -> None:
+    """Take everything that describes the model from the checkpoint's arguments.
+
+    Megatron's ``--use-checkpoint-args`` copies a list that leaves out precision, query/key normalisation
+    and more; a model evaluated without them would be another one.
+    """
+    from megatron.core.model_parallel_config import ModelParallelConfig
+
+    parallel = set(ModelParallelConfig.__dataclass_fields__)
+    given = {word.split("=")[0] for word in sys.argv}
+    for group in parser._action_groups:
+        for action in group._group_actions:
+            name = action.dest
+            of_model = group.title in _MODEL_GROUPS and name not in parallel
+            if name not in _ALSO_MODEL and (not of_model or any(part in name for part in _NOT_MODEL)):
+                continue
+            if hasattr(stored, name) and not given & set(action.option_strings):
+                setattr(args, name, getattr(stored, name))
+
+
+def sum_over_batches(
+    model: list[Any],
+    batches: Iterable[Batch],
+    reduce: Callable[[Any, Batch], Any],
+    *,
+    count: int,
+    size: int,
+    length: int,
+    shape: tuple[int, ...],
+) -> Any:
+    """Run batches forward and add up what a reduction makes of each.
+
+    Args:
+        model: from :func:`load_model`.
+        batches: whole sequences; this function takes this rank's part under context parallelism.
+        reduce: called where the output is, with it and this rank's part of the batch; the output is the loss
+            ``[b, s]`` if the batch has ``labels``, else this tensor-parallel rank's logits ``[b, s, v]``.
+            Returns a float64 tensor of ``shape``.
+        count: number of batches.
+        size: sequences in each.
+        length: tokens of a sequence.
+        shape: of a reduction's result.
+
+    Returns:
+        The sum over batches and context-parallel ranks on the CPU, the same on all ranks; ``shape``, float64.
+    """
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    total = torch.zeros(shape, dtype=torch.float64)
+    with torch.no_grad():
+        reports = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, reduce),
+            data_iterator=list(itertools.tee(batches, len(model))),
+            model=model,
+            num_microbatches=count,
+            seq_length=length,
+            micro_batch_size=size,
+            forward_only=True,
+        )
+    for report in reports:
+        total += report["sum"].cpu()
+    total = total.to(next(model[0].parameters()).device)
+    if parallel_state.get_context_parallel_world_size() > 1:
+        torch.distributed.all_reduce(total, group=parallel_state.get_context_parallel_group())
+    torch.distributed.broadcast(
+        total,
+        parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return total.cpu()
+
+
+def _forward_step(
+    reduce: Callable[[Any, Batch], Any], data_iterator: Iterator[Batch], model: Any
+) -> tuple[Any, Callable]:
+    from megatron_fope import compat
+
+    # A copy: Megatron replaces the tensors of the dictionary, which the other chunks of the model get too.
+    batch = compat.slice_batch_for_context_parallelism(dict(next(data_iterator)), whole=True)
+    batch = {key: value.cuda() for key, value in batch.items()}
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch.get("labels"))
+
+    def report(output: Any) -> tuple[Any, dict[str, Any]]:
+        # The schedule scales the first value in place; it is no loss that anybody reads.
+        return output.new_zeros(()), {"sum": reduce(output, batch)}
+
+    return output, report
