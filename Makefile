@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 BENCH_OUT ?= out/bench
 export PYTHON TORCH_INDEX_URL VENV
 
-.PHONY: help setup demo test layouts bench upstream-tests lint clean
+.PHONY: help setup demo test layouts reshard bench upstream-tests lint clean
 
 help:
 	@echo "make demo   train a RoPE and a FoPE twin, evaluate both up to 16x the training length"
 	@echo "            DEMO_ITERS=1000 DEMO_OUT=out/demo"
 	@echo "make test   the whole test suite"
 	@echo "make layouts  real training in 77 parallel layouts, each against one rank (half an hour)"
+	@echo "make reshard  every layout's checkpoint loaded by every other (half an hour)"
 	@echo "make bench  speed, memory and step time beside RoPE; BENCH_OUT=out/bench"
 	@echo "make upstream-tests MEGATRON_LM=/path/to/Megatron-LM"
 	@echo "            its own unit tests with FoPE in RoPE's place (half an hour)"
@@ -30,6 +31,9 @@ test: setup
 
 layouts: setup
 	@$(BIN)/python tests/layouts.py
+
+reshard: setup
+	@$(BIN)/python tests/reshard.py
 
 bench: setup
 	@$(BIN)/megatron-fope bench all --out $(BENCH_OUT)

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -70,13 +71,14 @@ class Launcher:
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that a library prints may mix with the answers
-    _import_megatron()
+    import_megatron()
     for line in sys.stdin:
         request = json.loads(line)
         print(json.dumps({"code": _run(**request)}), file=answers, flush=True)
 
 
-def _import_megatron() -> None:
+def import_megatron() -> None:
+    """Turn the CPU runtime on and import what a rank will need."""
     from megatron_fope import cpu
 
     cpu.add_argument_defaults([])
@@ -86,15 +88,36 @@ def _import_megatron() -> None:
 
 
 def _run(nproc: int, argv: list[str], log: str, hook: str, timeout: float) -> int:
+    def action() -> int:
+        exec(hook, {"__name__": "hook"})
+        from megatron_fope.cli import main
+
+        return main(argv)
+
+    return run_ranks(nproc, action, Path(log), timeout=timeout)
+
+
+def run_ranks(nproc: int, action: Callable[[], Any], log: Path, *, timeout: float) -> int:
+    """Fork ranks that all do the same, in an environment like torchrun's.
+
+    Args:
+        nproc: number of ranks.
+        action: what each does; its result, if a number, is the exit code.
+        log: file for the output of all ranks.
+        timeout: seconds after which they are killed.
+
+    Returns:
+        The first exit code that is not 0 (negative: a signal), else 0.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     with open(log, "wb") as output:
-        ranks = [_fork(rank, nproc, port, argv, hook, output.fileno()) for rank in range(nproc)]
+        ranks = [_fork(rank, nproc, port, action, output.fileno()) for rank in range(nproc)]
         return _wait(ranks, time.monotonic() + timeout)
 
 
-def _fork(rank: int, nproc: int, port: int, argv: list[str], hook: str, output: int) -> int:
+def _fork(rank: int, nproc: int, port: int, action: Callable[[], Any], output: int) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -112,10 +135,7 @@ def _fork(rank: int, nproc: int, port: int, argv: list[str], hook: str, output: 
         os.environ[name] = str(value)
     code: Any = 1
     try:
-        exec(hook, {"__name__": "hook"})
-        from megatron_fope.cli import main
-
-        code = main(argv)
+        code = action() or 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
