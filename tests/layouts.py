@@ -37,6 +37,7 @@ MODELS = {
     "bf16": "--bf16",
     "MoE": "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --disable-bias-linear",
     "MTP": "--mtp-num-layers 1 --untie-embeddings-and-output-weights",
+    "no-bias": "--disable-bias-linear",
     "60-tokens": "--seq-length 60 --max-position-embeddings 60 --fope-train-length 64",
     "72-tokens": "--seq-length 72 --max-position-embeddings 72 --fope-train-length 64",
     "documents": "--dataloader-inter-document-masking --micro-batch-size 1",
@@ -48,9 +49,10 @@ MODELS = {
 
 ``documents``: neighbours in ordinary sequences that must not see each other. ``packed``: short documents,
 each padded to a multiple of twice the context-parallel ranks, so that one rank sees less padding than four.
+``no-bias``: the backward pass of Megatron's recomputed MLP calls itself without end where there is a bias.
 """
 
-STRUCTURES = ("MoE", "MTP")
+STRUCTURES = ("MoE", "MTP", "no-bias")
 """Models whose checkpoint has other tensors."""
 
 WAYS = {
@@ -79,8 +81,8 @@ _TABLE = {
     "": "TP2, TP2 SP, TP4, TP4 SP, CP2, CP4, TP2 SP CP2, PP2, PP4, PP2 virtual-stages, TP2 SP PP2, PP2 CP2, "
     "DP2, DP2 distributed-optimizer, DP4 distributed-optimizer, DP2 distributed-optimizer overlapped, "
     "TP2 SP DP2 distributed-optimizer, PP2 DP2, CP2 DP2 distributed-optimizer, micro-batch-1, "
-    "full-recompute, TP2 SP full-recompute, TP2 SP selective-recompute, TP2 SP fine-grained-recompute, "
-    "reset-position-ids",
+    "full-recompute, TP2 SP full-recompute, TP2 SP selective-recompute, reset-position-ids",
+    "no-bias": "TP2 SP fine-grained-recompute",
     "60-tokens": "CP2, PP2, TP2 SP CP2",
     "72-tokens": "CP4",
     "changing-lengths": "CP2, PP2",
@@ -93,7 +95,8 @@ _TABLE = {
     "learnable MoE": "DP2 EP2, TP2 SP DP2 EP2 distributed-optimizer",
     "bf16": "TP2 SP, TP4 SP, CP2, CP4, TP2 SP CP2, PP2, PP4, PP2 virtual-stages, TP2 SP PP2, "
     "DP2 distributed-optimizer, DP2 distributed-optimizer overlapped, TP2 SP DP2 distributed-optimizer, "
-    "full-recompute, TP2 SP fine-grained-recompute",
+    "full-recompute",
+    "bf16 no-bias": "TP2 SP fine-grained-recompute",
     "bf16 documents": "TP2 SP",
     "bf16 packed": "TP2 SP CP2",
     "bf16 MoE": "DP2 EP2, TP2 SP DP2 EP2",
