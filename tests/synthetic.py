@@ -21,10 +21,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_fope import cli
 from megatron_fope.arguments import FIELDS, resolve_fope_arguments
 from megatron_fope.config import FoPEConfig
 
 COMMON = "common_state/shard_0_1"
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+def main(*argv: object) -> int:
+    """Run a command in this process; returns its exit code."""
+    return cli.main([str(word) for word in argv])
 
 
 class SyntheticCheckpoint:
@@ -93,7 +100,7 @@ class SyntheticCheckpoint:
         (self.path / "metadata.json").write_text(
             json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
         )
-        (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+        (folder / LATEST).write_text(str(iteration))
 
     @property
     def apparent_bytes(self) -> int:
