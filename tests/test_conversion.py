@@ -62,6 +62,9 @@ def test_there_and_back(rope: SyntheticCheckpoint, tmp_path: Path) -> None:
     convert(tmp_path / "fope", tmp_path / "longer", train_length=1024)
     convert(tmp_path / "longer", tmp_path / "back", position_embedding_type="rope")
     assert inspect(tmp_path / "longer").train_length == 1024
+    for name in ("fope", "longer", "back"):
+        table = open_checkpoint(tmp_path / name, name=name).metadata
+        assert {index.fqn for index in table.storage_data} == table.state_dict_metadata.keys()
     assert not diff(rope.folder, tmp_path / "back").different
     assert diff(rope.folder, tmp_path / "fope").settings["position_embedding_type"] == ("rope", "fope")
 
