@@ -18,9 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_fope import functional
+from megatron_fope.rotation_inputs import FLOATS, WIDE, check_tensors
 
 if TYPE_CHECKING:
     from megatron_fope.config import FoPEConfig
+
+_DTYPES = (*FLOATS, torch.float64)
 
 _CPU_BLOCK = 1 << 17
 """Elements of the larger of query and key that one CPU thread handles at a time: a block's float32 copy, its
@@ -56,8 +59,16 @@ def rotate(
     Returns:
         Rotated query and key: new contiguous tensors of the same shapes and dtypes. Arithmetic in the
         coefficients' dtype, one rounding at the end.
+
+    Raises:
+        ValueError: arguments that do not fit together.
     """
     sin_coef, cos_coef = config.effective_coefficients(coefficients)
+    check_tensors(query, key, sin_basis, cos_basis, sin_coef, cos_coef, dtypes=_DTYPES, coef_dtypes=WIDE)
+    if sin_basis.size(0) != query.size(0):
+        raise ValueError(
+            f"the basis has {sin_basis.size(0)} rows; allowed: one per token of query, {query.size(0)}"
+        )
     pad_sin, pad_cos = (value * config.attention_scaling for value in config.pad)
     sin_basis, cos_basis = sin_basis.to(sin_coef.dtype), cos_basis.to(cos_coef.dtype)
     return _Rotate.apply(query, key, sin_basis, cos_basis, sin_coef, cos_coef, pad_sin, pad_cos)

@@ -122,3 +122,45 @@ def test_an_input_without_gradient() -> None:
 def test_no_tokens() -> None:
     config, query, key, basis, coefficients = case("paper", tokens=0)
     assert rotation.rotate(query, key, *basis, coefficients, config)[0].shape == (0, 3, 6, 24)
+
+
+BAD_INPUT = {
+    "dtypes differ": ({"key": lambda k: k.half()}, "query is torch.float32 and key torch.float16"),
+    "integers": ({"query": lambda q: q.int(), "key": lambda k: k.int()}, "query is torch.int32"),
+    "device mix": ({"key": lambda k: k.to("meta")}, "key is on meta and query on cpu; allowed: one device"),
+    "16-bit coefficients": (
+        {"coefficients": lambda c: {name: value.bfloat16() for name, value in c.items()}},
+        "sin_coef is torch.bfloat16; allowed: float32, float64",
+    ),
+    "heads that do not divide": (
+        {"query": lambda q: q[:, :, :5]},
+        "query has 5 heads and key 6; allowed: a multiple",
+    ),
+    "head counts of the tables": (
+        {"coefficients": lambda c: {name: value[:4] for name, value in c.items()}},
+        r"allowed: \[H, D_in, D_out\] with H = 1 or the 6 heads of key",
+    ),
+    "width of the basis": (
+        {"basis": lambda basis: tuple(b[:, 1:] for b in basis)},
+        r"allowed: D_in \d+ as in the basis",
+    ),
+    "bases differ": ({"basis": lambda basis: (basis[0][:3], basis[1])}, r"sin_basis is \(3, "),
+    "positions beyond the table": (
+        {"basis": lambda basis: tuple(b[:-1] for b in basis)},
+        "the basis has 36 rows; allowed: one per token of query, 37",
+    ),
+    "three dimensions": (
+        {"query": lambda q: q[0], "key": lambda k: k[0]},
+        r"allowed: \[s, b, heads, head_dim\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input(name: str) -> None:
+    changes, message = BAD_INPUT[name]
+    config, query, key, basis, coefficients = case("paper")
+    named = {"query": query, "key": key, "basis": basis, "coefficients": coefficients}
+    named |= {argument: change(named[argument]) for argument, change in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        rotation.rotate(named["query"], named["key"], *named["basis"], named["coefficients"], config)

@@ -20,6 +20,7 @@ from megatron_fope import kernels
 from megatron_fope.errors import UserError
 from megatron_fope.kernels import launch
 from megatron_fope.kernels.launch import Call
+from megatron_fope.rotation_inputs import check_tensors
 
 if TYPE_CHECKING:
     from megatron_fope.config import FoPEConfig
@@ -31,8 +32,6 @@ TF32 numbers, which is nearly as exact."""
 
 TABLE_LIMIT = 256 << 20
 """Bytes of a pair of tables up to which they are kept instead of mixed in the kernel."""
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rotate_triton(
@@ -159,60 +158,14 @@ def check_positions(positions: Tensor, rows: int) -> None:
 def _check_tensors(
     query: Tensor, key: Tensor, sin_basis: Tensor, cos_basis: Tensor, sin_coef: Tensor, cos_coef: Tensor
 ) -> None:
-    device = query.device
     if not torch.compiler.is_compiling():
-        reason = kernels.available(device)
+        reason = kernels.available(query.device)
         if reason is not None:
             raise UserError(f"the Triton rotation cannot run: {reason}")
-    others = {
-        "key": key,
-        "sin_basis": sin_basis,
-        "cos_basis": cos_basis,
-        "sin_coef": sin_coef,
-        "cos_coef": cos_coef,
-    }
-    for name, tensor in others.items():
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and query on {device}; allowed: one device")
-    if query.dtype not in _DTYPES or key.dtype != query.dtype:
-        raise ValueError(
-            f"query is {query.dtype} and key {key.dtype}; allowed: the same of float32, bfloat16, float16"
-        )
-    for name, tensor in (("sin_basis", sin_basis), ("cos_basis", cos_basis)):
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name} is {tensor.dtype}; allowed: float32, float64")
-    for name, tensor in (("sin_coef", sin_coef), ("cos_coef", cos_coef)):
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"{name} is {tensor.dtype}; allowed: float32")
-    if query.dim() != 4 or key.dim() != 4 or query.shape[:2] != key.shape[:2] or query.size(3) != key.size(3):
-        raise ValueError(
-            f"query is {tuple(query.shape)} and key {tuple(key.shape)}; allowed: [s, b, heads, head_dim], "
-            "different in their heads only"
-        )
-    heads, groups, head_dim = query.size(2), key.size(2), query.size(3)
-    if head_dim % 2 or head_dim < 2:
-        raise ValueError(f"head_dim is {head_dim}; allowed: even numbers")
+    check_tensors(query, key, sin_basis, cos_basis, sin_coef, cos_coef)
     for name, tensor in (("query", query), ("key", key)):
         if tensor.stride(3) != 1:
             raise ValueError(f"the last stride of {name} is {tensor.stride(3)}; allowed: 1")
-    if groups < 1 or heads % groups:
-        raise ValueError(f"query has {heads} heads and key {groups}; allowed: a multiple of key's")
-    if sin_basis.dim() != 2 or sin_basis.shape != cos_basis.shape:
-        raise ValueError(
-            f"sin_basis is {tuple(sin_basis.shape)} and cos_basis {tuple(cos_basis.shape)}; allowed: "
-            "[rows, D_in], the same for both"
-        )
-    if sin_coef.shape != cos_coef.shape or sin_coef.dim() != 3 or sin_coef.size(0) not in (1, groups):
-        raise ValueError(
-            f"coefficients are {tuple(sin_coef.shape)} and {tuple(cos_coef.shape)}; allowed: "
-            f"[H, D_in, D_out] with H = 1 or the {groups} heads of key"
-        )
-    _, d_in, d_out = sin_coef.shape
-    if d_in != sin_basis.size(1) or not 1 <= d_out <= head_dim // 2:
-        raise ValueError(
-            f"coefficients are [H, {d_in}, {d_out}]; allowed: D_in {sin_basis.size(1)} as in the basis, "
-            f"D_out 1 to {head_dim // 2} for head_dim {head_dim}"
-        )
 
 
 def _check_rows(
