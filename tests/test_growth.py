@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from trainer import FOPE, TP2, Run, Trainer
 
 from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError
@@ -163,3 +164,59 @@ def test_coefficients_of_another_shape() -> None:
         ValueError, match=r"sin_coef is \(4, 18, 16\); the old configuration says \(4, 16, 16\)"
     ):
         grow(fresh(new, 64), old, new, head_dim=64)
+
+
+GROW = "--fope-grow"
+LONGER = (*FOPE, "--fope-train-length", "256")
+
+
+@pytest.fixture(scope="module")
+def short(trainer: Trainer) -> Run:
+    return trainer.run("short", *FOPE)
+
+
+@pytest.mark.launch
+def test_a_checkpoint_grows_while_it_is_loaded(trainer: Trainer, short: Run) -> None:
+    """On two ranks as on one, resumed exactly with the flag and without, by the numbers of the function."""
+    flags = (*LONGER, GROW, *TP2, "--load", str(short.folder), "--ckpt-step", "2", "--save-interval", "1")
+    run = trainer.run("grown", *flags, nproc=2)
+    assert run.says("the coefficients grow (aligned) from train length 64 to 256, 3 x 3 to 4 x 4")
+    old, new = config(64), config(256)
+    for index, layer in enumerate(range(1, 5)):
+        coefficients = {name: value[index] for name, value in short.coefficients(2).items()}
+        grown = grow_coefficients(coefficients, old, new, 16, num_kv_heads=2, layer=layer)
+        for name, value in grown.items():
+            assert torch.equal(run.coefficients(3)[name][index], value)
+            assert torch.equal(run.coefficients(4)[name][index], value)
+    again = ("--load", str(run.folder), "--ckpt-step", "3")
+    with_flag = trainer.run("grown, resumed with the flag", *LONGER, GROW, *TP2, *again, nproc=2)
+    without = trainer.run("grown, resumed", *LONGER, *TP2, *again, nproc=2)
+    assert with_flag.says(f"{GROW} has no effect: {run.folder} has train length 256 already")
+    assert with_flag.curve() == without.curve() == {4: run.curve()[4]}
+
+
+@pytest.mark.launch
+def test_what_cannot_grow(trainer: Trainer, short: Run) -> None:
+    load = ("--load", str(short.folder), "--no-load-optim")
+    for flags, message in {
+        LONGER: "; --fope-grow grows the coefficients",
+        (*FOPE, "--fope-train-length", "32", GROW): "coefficients only grow, allowed: at least 64",
+        (*LONGER, GROW, "--fope-profile", "intern-s1-pro"): "growth keeps the profile",
+        (*LONGER, GROW, "--rotary-base", "500"): "--fope-change-rotary-base accepts the change",
+        (*LONGER, GROW, "--fope-learnable"): "--fope-learnable is True, but the checkpoint in",
+    }.items():
+        assert message in trainer.run("refused growth", *flags, *load, check=False).error
+
+
+@pytest.mark.launch
+def test_growth_with_yarn_and_another_base(trainer: Trainer, short: Run) -> None:
+    yarn = ("--fope-scaling", "yarn", "--fope-scaling-factor", "4", "--fope-original-length", "64")
+    base = ("--rotary-base", "20000", "--fope-change-rotary-base", "--fope-attention-scaling", "1.1386")
+    run = trainer.run(
+        "yarn", *LONGER, GROW, *yarn, *base, "--load", str(short.folder), "--ckpt-step", "2",
+        "--use-checkpoint-args",
+    )  # fmt: skip
+    assert run.says("the rotary base changes from 10000 to 20000")
+    assert run.says("scaled (yarn) after the clip, sin and cos times 1.1386")
+    new = config(256, rotary_base=20000.0, scaling="yarn", scaling_factor=4.0, original_length=64)
+    assert run.coefficients()["sin_coef"].shape[-2:] == (new.d_in(16), new.d_out(16))
