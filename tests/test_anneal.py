@@ -1,0 +1,96 @@
+"""The tables between RoPE's and FoPE's, without a training run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_fope import anneal, functional, rotation
+from megatron_fope.config import FoPEConfig
+
+HEAD_DIM, HEADS = 32, 2
+VARIANTS = {
+    "paper": {},
+    "intern-s1-pro": {"profile": "intern-s1-pro"},
+    "one matrix for all heads": {"separate_heads": False, "separate_basis": False},
+    "normalized": {"normalize": True, "init": "eye"},
+    "yarn with its temperature": {
+        "scaling": "yarn",
+        "scaling_factor": 4.0,
+        "original_length": 16,
+        "attention_scaling": 1.14,
+    },
+    "zeros kept": {"drop_clipped": False},
+}
+
+
+@pytest.fixture(autouse=True)
+def _progress() -> Iterator[None]:
+    yield
+    anneal.begin(0, 0)
+
+
+@pytest.mark.parametrize("completed", [0, 3, 10])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tables_lie_between(variant: str, completed: int) -> None:
+    config = FoPEConfig.from_profile(**{"train_length": 64, "anneal_iters": 10} | VARIANTS[variant])
+    coefficients = config.make_coefficients(HEADS, HEAD_DIM, layer=1)
+    positions = torch.arange(50)
+    between = anneal.Interpolation(config, HEAD_DIM)
+    anneal.begin(0, completed)
+    between.update()
+    assert between.active == (completed < 10)
+
+    angles = positions[:, None, None] * functional.inverse_frequencies(HEAD_DIM, config.rotary_base)
+    fope = config.tables(positions, coefficients, config.inv_freq(HEAD_DIM), HEAD_DIM)
+    weight = completed / 10
+    query, key = torch.randn(50, 1, 4, HEAD_DIM), torch.randn(50, 1, HEADS, HEAD_DIM)
+    sin, cos = (
+        ((1 - weight) * rope + weight * table).unsqueeze(1)
+        for rope, table in zip((angles.sin(), angles.cos()), fope, strict=True)
+    )
+    expected = [functional.apply_fourier_rotary(x, sin, cos) for x in (query, key)]
+    mixed = between.coefficients(coefficients)
+    turned = rotation.rotate(query, key, *between.basis(positions), mixed, between.settings)
+    for x, reference in zip(turned, expected, strict=True):
+        torch.testing.assert_close(x, reference, rtol=0, atol=1e-5)
+
+
+def test_a_cast_keeps_frequencies_and_weight() -> None:
+    config = FoPEConfig.from_profile(train_length=64, anneal_iters=3)
+    between = anneal.Interpolation(config, HEAD_DIM)
+    anneal.begin(0, 1)
+    between.update()
+    before = [tensor.clone() for tensor in between.buffers()]
+    for tensor, reference in zip(between.bfloat16().buffers(), before, strict=True):
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, reference)
+    assert not between.state_dict(), "a checkpoint is that of the plain model"
+
+
+def test_the_weight_of_a_captured_graph_is_written_in_place() -> None:
+    between = anneal.Interpolation(FoPEConfig.from_profile(train_length=64, anneal_iters=4), HEAD_DIM)
+    model = torch.nn.Sequential(between)
+    address = between.weight.data_ptr()
+    for completed, weight in ((1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)):
+        anneal.advance(completed, [model])
+        assert float(between.weight) == weight and between.weight.data_ptr() == address
+
+
+@pytest.mark.parametrize(
+    "stored,iteration,done,complete",
+    [
+        ({}, 100, 0, True),
+        ({"fope_anneal_iters": 0}, 100, 0, True),
+        ({"fope_anneal_iters": 10, "fope_anneal_start": 5}, 5, 0, False),
+        ({"fope_anneal_iters": 10, "fope_anneal_start": 5}, 14, 9, False),
+        ({"fope_anneal_iters": 10, "fope_anneal_start": 5}, 15, 10, True),
+        ({"fope_anneal_iters": 10, "fope_anneal_start": -4}, 2, 6, False),
+    ],
+)
+def test_what_a_checkpoint_says(stored: dict, iteration: int, done: int, complete: bool) -> None:
+    args = argparse.Namespace(**stored)
+    assert anneal.annealed_iterations(args, iteration) == done
+    assert anneal.is_annealed(args, iteration) is complete
