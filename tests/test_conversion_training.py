@@ -94,6 +94,7 @@ def test_function_preserving_start(trainer: Trainer, rope: Run, tmp_path: Path) 
 MODELS: dict[str, tuple[str, ...]] = {
     "prediction layers": ("--mtp-num-layers", "2"),
     "layers of two kinds": EXPERTS,
+    "hybrid": ("--hybrid-layer-pattern", "*-*-", "--qk-layernorm"),
 }
 
 
@@ -106,7 +107,8 @@ def test_as_megatron_writes_it(model: str, trainer: Trainer, tmp_path: Path) -> 
     made = open_checkpoint(convert(rope.folder, tmp_path / "fope").target, name="made")
     real = open_checkpoint(fope.folder, name="real")
     assert made.metadata.state_dict_metadata.keys() == real.metadata.state_dict_metadata.keys()
-    assert len(made.coefficients) == {"prediction layers": 6, "layers of two kinds": 8}[model]
+    expected = {"prediction layers": 6, "layers of two kinds": 8, "hybrid": 4}
+    assert len(made.coefficients) == expected[model]
     for name in made.coefficients:
         assert described(made, name) == described(real, name)
         assert torch.equal(made.read_tensor(name), real.read_tensor(name))
