@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import os
+import pickle
 import sys
 import traceback
 from collections.abc import Callable
@@ -75,6 +76,7 @@ def save_checkpoint(folder: Path, args: argparse.Namespace, form: str) -> None:
     """A checkpoint with arguments and no weights, as far as Megatron looks at it before it loads weights."""
     import torch
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+    from torch.distributed.checkpoint.metadata import Metadata
 
     state = {"args": args, "checkpoint_version": 3.0, "iteration": 1}
     iteration = folder / "iter_0000001"
@@ -83,6 +85,7 @@ def save_checkpoint(folder: Path, args: argparse.Namespace, form: str) -> None:
     if form == "torch_dist":
         torch.save(state, iteration / "common.pt")
         save_config(CheckpointingConfig("torch_dist"), str(iteration))
+        (iteration / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
     else:
         torch.save(state, rank / "model_optim_rng.pt")
     (folder / "latest_checkpointed_iteration.txt").write_text("1")
