@@ -302,7 +302,7 @@ def check_before_megatron(args: Any) -> None:
             f"{args.context_parallel_size}: Megatron then cuts inside documents, where positions are not "
             "defined; allowed: --context-parallel-size 1"
         )
-    _check_layout(args)
+    check_layout(args)
 
 
 def check_start_flags(args: Any) -> None:
@@ -348,8 +348,12 @@ def _check_attention(args: Any) -> None:
             )
 
 
-def _check_layout(args: Any) -> None:
-    """Refuse a parallel layout into which the model, the batch or the number of processes does not divide."""
+def check_layout(args: Any) -> None:
+    """Refuse a parallel layout into which the model, the batch or the number of processes does not divide.
+
+    Raises:
+        UserError: naming the flag.
+    """
 
     def size(name: str) -> int:
         return getattr(args, name, None) or 1

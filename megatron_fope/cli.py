@@ -17,6 +17,7 @@ megatron-fope evaluate-perplexity ...                    perplexity of checkpoin
 megatron-fope evaluate-retrieval ...                     what checkpoints find in long contexts
 megatron-fope convert SOURCE TARGET ...                  RoPE checkpoint to FoPE, or FoPE to a longer FoPE
 megatron-fope inspect FOLDER | diff A B                  what checkpoints hold, how two differ
+megatron-fope ladder SCHEDULE [--run]                    several context lengths, stage by stage
 megatron-fope bench ...                                  speed, memory and communication beside RoPE
 """
 _DESCRIPTION = """\
@@ -74,6 +75,7 @@ def _dispatch(argv: list[str]) -> int:
     from megatron_fope.data import recall_command as recall
     from megatron_fope.evaluation import command as evaluation
     from megatron_fope.evaluation import retrieval_command as retrieval
+    from megatron_fope.ladder import command as ladder
 
     preparation.add_arguments(commands.add_parser("prepare-data", help="text to Megatron's .bin/.idx"))
     recall.add_arguments(commands.add_parser("make-recall-data", help="associative recall to train on"))
@@ -83,6 +85,7 @@ def _dispatch(argv: list[str]) -> int:
     retrieval.add_arguments(
         commands.add_parser("evaluate-retrieval", help="what checkpoints find in long contexts")
     )
+    ladder.add_arguments(commands.add_parser("ladder", help="several context lengths, stage by stage"))
     bench.add_arguments(commands.add_parser("bench", help="speed, memory and communication beside RoPE"))
     for name, text in conversion.COMMANDS.items():
         command = commands.add_parser(name, help=text)
@@ -99,6 +102,8 @@ def _dispatch(argv: list[str]) -> int:
         return recall.run(arguments)
     if arguments.command == "evaluate-retrieval":
         return retrieval.run(arguments)
+    if arguments.command == "ladder":
+        return ladder.run(arguments)
     if arguments.command == "bench":
         return bench.run(arguments)
     parser.print_help()

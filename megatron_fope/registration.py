@@ -27,7 +27,7 @@ from megatron_fope.arguments import (
 )
 from megatron_fope.checkpoint_arguments import adopt_checkpoint_arguments, position_type_if_given
 from megatron_fope.checkpoint_loading import load_base_checkpoint
-from megatron_fope.checkpoint_starts import check_start
+from megatron_fope.checkpoint_starts import check_save_folder, check_start
 from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError, exit_on_user_error
 from megatron_fope.report import assert_fope_active, describe, layer_list
@@ -148,6 +148,7 @@ def _wrap_validate_args(original: Callable) -> Callable:
         with exit_on_user_error():
             check_before_megatron(args)
             check_start(args)
+            check_save_folder(args)
             resolve_fope_arguments(args, _config)  # early, so that Megatron prints what is in force
         if args.position_embedding_type != FOPE:
             return original(args, *rest, **kwargs)
