@@ -91,6 +91,9 @@ def _dispatch(argv: list[str]) -> int:
         command = commands.add_parser(name, help=text)
         if name in argv[:1]:  # its flags take an import of torch
             conversion.add_arguments(name, command)
+    behind: list[str] = []
+    if argv[:1] == ["ladder"] and "--" in argv:  # argparse takes a positional and such words together only
+        argv, behind = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     arguments = parser.parse_args(argv)
     if arguments.command in conversion.COMMANDS:
         return conversion.run(arguments.command, arguments)
@@ -103,7 +106,7 @@ def _dispatch(argv: list[str]) -> int:
     if arguments.command == "evaluate-retrieval":
         return retrieval.run(arguments)
     if arguments.command == "ladder":
-        return ladder.run(arguments)
+        return ladder.run(arguments, behind)
     if arguments.command == "bench":
         return bench.run(arguments)
     parser.print_help()

@@ -48,10 +48,12 @@ _MAY_CHANGE = frozenset(
         "yarn_extrapolation_factor",
         "attention_scaling",
         "learnable",
+        "anneal_iters",
     }
 )
 """Fields that move or scale frequencies, or belong to a run; the others would give the coefficients another
-meaning."""
+meaning. A start that was annealed to its end has left a plain FoPE model; who reads the checkpoint checks the
+end."""
 
 
 def check_growth(old: FoPEConfig, new: FoPEConfig, source: str) -> None:
