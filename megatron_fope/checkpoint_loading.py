@@ -226,6 +226,9 @@ def _start_notes(
     stored: Any, args: Any, load_dir: Any, from_rope: bool, outgrown: FoPEConfig | None
 ) -> Iterator[str]:
     """What the flags about a start have done, one line each."""
+    flags = (getattr(args, f"fope_{name}", None) for name in ("start_from_rope", "grow", "anneal_iters"))
+    if not any(flags):
+        return  # also where a program calls Megatron's loading with arguments of its own, without a length
     config = fope_config_from_args(args)
     weight = anneal.current_weight(config.anneal_iters)
     base = getattr(stored, "rotary_base", config.rotary_base)
