@@ -171,7 +171,7 @@ def _check_keys(where: str, table: dict[str, Any], types: dict[str, Any], requir
         if key not in types:
             raise UserError(f"{where}{key} is unknown; allowed: {', '.join(types)}")
         if not isinstance(value, types[key]) or isinstance(value, bool):
-            allowed = _WORDS.get(types[key], "a number")
+            allowed = "[[stage]] tables" if key == "stage" else _WORDS.get(types[key], "a number")
             raise UserError(f"{where}{key} is {value!r}; allowed: {allowed}")
         if types[key] is int and value < 1:
             raise UserError(f"{where}{key} is {value}; allowed: 1 or more")

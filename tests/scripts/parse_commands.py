@@ -15,6 +15,7 @@ import sys
 from bad_input_cases import outcome, scalars
 
 from megatron_fope import cpu
+from megatron_fope.errors import exit_on_user_error
 
 
 def validated(ranks: int, flags: list[str]) -> argparse.Namespace:
@@ -27,7 +28,8 @@ def validated(ranks: int, flags: list[str]) -> argparse.Namespace:
     sys.argv = ["train", *cpu.add_argument_defaults(flags)]
     args = arguments.parse_args()
     arguments.validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
-    check_args(args)
+    with exit_on_user_error():
+        check_args(args)
     return args
 
 
