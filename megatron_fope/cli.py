@@ -18,6 +18,7 @@ megatron-fope evaluate-retrieval ...                     what checkpoints find i
 megatron-fope convert SOURCE TARGET ...                  RoPE checkpoint to FoPE, or FoPE to a longer FoPE
 megatron-fope inspect FOLDER | diff A B                  what checkpoints hold, how two differ
 megatron-fope ladder SCHEDULE [--run]                    several context lengths, stage by stage
+megatron-fope env                                        versions, GPUs and back ends, for bug reports
 megatron-fope bench ...                                  speed, memory and communication beside RoPE
 """
 _DESCRIPTION = """\
@@ -69,6 +70,7 @@ def _dispatch(argv: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"megatron-fope {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="megatron-fope")
+    from megatron_fope import environment
     from megatron_fope.bench import command as bench
     from megatron_fope.conversion import command as conversion
     from megatron_fope.data import command as preparation
@@ -86,6 +88,7 @@ def _dispatch(argv: list[str]) -> int:
         commands.add_parser("evaluate-retrieval", help="what checkpoints find in long contexts")
     )
     ladder.add_arguments(commands.add_parser("ladder", help="several context lengths, stage by stage"))
+    environment.add_arguments(commands.add_parser("env", help="versions, GPUs and back ends"))
     bench.add_arguments(commands.add_parser("bench", help="speed, memory and communication beside RoPE"))
     for name, text in conversion.COMMANDS.items():
         command = commands.add_parser(name, help=text)
@@ -107,6 +110,8 @@ def _dispatch(argv: list[str]) -> int:
         return retrieval.run(arguments)
     if arguments.command == "ladder":
         return ladder.run(arguments, behind)
+    if arguments.command == "env":
+        return environment.run(arguments)
     if arguments.command == "bench":
         return bench.run(arguments)
     parser.print_help()

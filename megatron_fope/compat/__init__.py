@@ -28,6 +28,7 @@ from megatron_fope.compat.arguments import (
     null_tokenizer_flags,
     repair_help_texts,
 )
+from megatron_fope.compat.backends import chosen_libraries
 from megatron_fope.compat.checkpoints import (
     repair_checkpoint_metadata_reader,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "SUPPORTED_CHECKOUTS",
     "SUPPORTED_MEGATRON",
     "build_model",
+    "chosen_libraries",
     "count_document_tokens",
     "define_missing_latent_attention_library",
     "define_missing_router_kernel",

@@ -1,0 +1,102 @@
+"""``megatron-fope env`` in this environment and in others that are put together here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from megatron_fope import __version__, compat, environment
+
+
+def env(*flags: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from megatron_fope.cli import main; sys.exit(main(['env', *sys.argv[1:]]))"
+    if path is not None:
+        code = f"import sys; sys.path.insert(0, {str(path)!r}); {code}"
+    return subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def here() -> dict:
+    done = env("--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_what_is_installed(here: dict) -> None:
+    packages = {package["name"]: package for package in here["packages"]}
+    assert packages["torch"]["version"] == importlib.metadata.version("torch")
+    assert here["megatron_fope"] == __version__ and here["support"].startswith("supported: Megatron-Core")
+    for package in packages.values():
+        assert package["version"] is not None or package["problem"], package
+    assert len(here["gpus"]) == torch.cuda.device_count()
+
+
+def test_what_megatron_uses(here: dict) -> None:
+    """Read off Megatron itself, which says the same in its warnings."""
+    packages = {package["name"]: package for package in here["packages"]}
+    if packages["transformer-engine"]["version"] is None and packages["apex"]["version"] is None:
+        assert here["backends"]["Adam"].startswith("PyTorch (a fallback")
+        assert here["backends"]["gradient norm and clipping"].startswith("Megatron's own")
+    assert set(here["backends"]) == {
+        "Adam",
+        "gradient norm and clipping",
+        "norm of local layers",
+        "gradient accumulation fusion",
+        "FoPE's rotation",
+    }
+
+
+def test_another_apex_is_named(tmp_path: Path) -> None:
+    """PyPI's project of that name would be found, and Megatron would fail inside it."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    done = env(path=tmp_path)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("apex ")]
+    assert "not NVIDIA's apex" in line
+
+
+def test_a_library_that_cannot_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("")
+    (tmp_path / "transformer_engine" / "pytorch.py").write_text(
+        "raise OSError('libcudart.so.12: no such file')"
+    )
+    package = environment._PACKAGES["transformer-engine"]
+    sys.path.insert(0, str(tmp_path))
+    try:
+        found = environment._package("transformer-engine", *package)
+    finally:
+        sys.path.remove(str(tmp_path))
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
+            del sys.modules[name]
+    assert found.problem == "cannot be imported: libcudart.so.12: no such file"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "library"),
+    [
+        ("transformer_engine.pytorch.optimizers", "FusedAdam", "Transformer Engine"),
+        ("apex.optimizers", "FusedAdam", "apex"),
+        ("torch.optim.adamw", "AdamW", "PyTorch"),
+        ("somewhere", "Adam", "unknown"),
+    ],
+)
+def test_whose_optimizer(module: str, name: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = type(name, (), {"__module__": module})
+    fake = ModuleType("fake")
+    fake.Adam, fake.l2_norm_impl, fake.LNImpl, fake._grad_accum_fusion_available = (
+        chosen,
+        chosen,
+        chosen,
+        True,
+    )
+    monkeypatch.setattr(compat.backends.importlib, "import_module", lambda wanted: fake)
+    found = compat.chosen_libraries()
+    assert found["Adam"] == library and found["gradient accumulation fusion"] == "apex"
