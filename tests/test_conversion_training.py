@@ -53,7 +53,7 @@ def test_trains_as_from_the_flag(trainer: Trainer, rope: Run, converted: Convers
         assert torch.equal(two_ranks.coefficients()[name], value)
     stages = resume(trainer, "converted PP2", converted.target, "--use-checkpoint-args", *PP2, nproc=2)
     assert stages.curve() == pytest.approx(flagged.curve(), abs=2e-6)
-    assert abs(stages.curve()[3] - rope.curve()[3]) > 1e-5, "another model than the RoPE one"
+    assert abs(stages.curve()[3] - rope.curve()[3]) > 3e-6, "another model than the RoPE one"
 
 
 def test_and_back(trainer: Trainer, rope: Run, converted: Conversion, tmp_path: Path) -> None:
