@@ -139,7 +139,7 @@ def test_terabytes(tmp_path: Path) -> None:
     source = SyntheticCheckpoint(tmp_path / "rope", layers=80, hidden=8192, pieces=8)
     assert source.apparent_bytes > 500e9
     before = {path: state[:3] for path, state in source.contents().items()}
-    # The kernel counts for a new process what the one that starts it has taken, until it has memory of its own.
+    # For a new process the kernel first counts what the one that starts it has taken; this counts anew.
     code = (
         "import re, sys; from megatron_fope.cli import main; main(sys.argv[1:]); "
         "print(re.search(r'VmHWM.*', open('/proc/self/status').read())[0])"
