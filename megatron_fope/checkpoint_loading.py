@@ -54,6 +54,8 @@ def load_base_checkpoint(original: Callable, load_dir: Any, args: Any, options: 
     Raises:
         UserError: other settings than the checkpoint's, damaged files, or no coefficients in them.
     """
+    if not hasattr(args, "position_embedding_type"):
+        return original(load_dir, args, **options)  # a program's own arguments: nothing to compare with
     loading = _Loading(original, load_dir, args)
     if not loading.ours:
         result = original(load_dir, args, **options)
