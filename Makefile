@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 BENCH_OUT ?= out/bench
 export PYTHON TORCH_INDEX_URL VENV
 
-.PHONY: help setup demo test layouts reshard bench bench-gpu upstream-tests lint clean
+.PHONY: help setup demo test layouts reshard bench bench-gpu test-gpu upstream-tests lint clean
 
 help:
 	@echo "make demo   train a RoPE and a FoPE twin, evaluate both up to 16x the training length"
@@ -16,6 +16,7 @@ help:
 	@echo "make reshard  every layout's checkpoint loaded by every other (half an hour)"
 	@echo "make bench  speed, memory and step time beside RoPE; BENCH_OUT=out/bench"
 	@echo "make bench-gpu  the kernels' tests, then the same on a GPU"
+	@echo "make test-gpu  Transformer Engine, FP8 and CUDA graphs on one GPU (examples/guide/gpu.md)"
 	@echo "make upstream-tests MEGATRON_LM=/path/to/Megatron-LM"
 	@echo "            its own unit tests with FoPE in RoPE's place (half an hour)"
 	@echo "make lint   ruff"
@@ -43,6 +44,9 @@ bench: setup
 bench-gpu: setup
 	@$(BIN)/python -m pytest -q tests/test_kernels.py tests/test_kernels_host.py tests/test_implementation.py
 	@$(BIN)/megatron-fope bench all --device cuda --out $(BENCH_OUT)
+
+test-gpu: setup
+	@$(BIN)/python -m pytest -q -rs tests/gpu tests/test_kernels.py tests/test_kernels_host.py tests/test_implementation.py
 
 upstream-tests: setup
 	@test -n "$(MEGATRON_LM)" || { echo "upstream-tests: error: MEGATRON_LM is not set; give a Megatron-LM checkout" >&2; exit 2; }
