@@ -1,0 +1,254 @@
+# Sourced by the launch scripts in pretrain/ and context_extension/: checks the variables, puts Megatron's flags
+# together, starts torchrun. A script calls, in this order: shape, defaults, on_gpus, on_cpu, start "$@".
+# The variables are described in README.md. Every mistake ends in one line and exit code 2.
+
+die() {
+    echo "${0##*/}: error: $1" >&2
+    exit 2
+}
+
+source "${BASH_SOURCE[0]%/*}/models.sh" # shape
+
+require() { # NAME WHAT: the variable is set
+    [[ -n ${!1:-} ]] || die "$1 is not set; allowed: $2"
+}
+
+switch() { # NAME: the variable is on, "1", or off
+    [[ ${!1:-0} == [01] ]] || die "$1 is '${!1}'; allowed: 1 or 0"
+    [[ ${!1:-0} == 1 ]]
+}
+
+defaults() { # NAME=VALUE ...: variables that are not set; where VALUE is a number, others have to be numbers too
+    local pair name value
+    for pair in "$@"; do
+        name=${pair%%=*} value=${pair#*=}
+        [[ -n ${!name:-} ]] || printf -v "$name" %s "$value"
+        [[ ! $value =~ ^[0-9]+$ || ${!name} =~ ^[1-9][0-9]{0,14}$ ]] ||
+            die "$name is '${!name}'; allowed: a whole number, 1 or more"
+    done
+}
+
+on_gpus() { # NAME=VALUE ...: defaults of a run on GPUs
+    switch CPU || defaults "$@"
+}
+
+on_cpu() { # NAME=VALUE ...: the layout of CPU=1 on its two processes; what is meant for a cluster does not count
+    switch CPU || return 0
+    NNODES=1 GPUS_PER_NODE=2 TP=1 PP=1 CP=1 EP=1 ETP=1
+    local pair
+    for pair in "$@"; do printf -v "${pair%%=*}" %s "${pair#*=}"; done
+}
+
+if switch CPU; then # before the defaults of a script
+    defaults SEQ_LENGTH=128 TRAIN_ITERS=4 MICRO_BATCH_SIZE=1 GLOBAL_BATCH_SIZE=4
+    EVAL_ITERS=${EVAL_ITERS:-1}
+fi
+
+flag_value() { # FLAG WORD ...: what follows the last FLAG among the words, or nothing
+    local flag=$1 word found='' previous=''
+    for word in "${@:2}"; do
+        [[ $previous != "$flag" ]] || found=$word
+        previous=$word
+    done
+    echo "$found"
+}
+
+CONTINUED=()
+continue_checkpoint() { # sets CONTINUED: begin with the weights of CHECKPOINT; call it before defaults
+    if [[ -z ${CHECKPOINT:-} ]]; then
+        switch MOCK || die "CHECKPOINT is not set; allowed: a folder made by --save, or MOCK=1 for random weights and data"
+        return
+    fi
+    [[ -f $CHECKPOINT/latest_checkpointed_iteration.txt ]] ||
+        die "CHECKPOINT is '$CHECKPOINT', which is not a folder made by --save"
+    CONTINUED=(--pretrained-checkpoint "$CHECKPOINT")
+    [[ ${POSITION:-fope} == fope ]] || return 0
+    # Each is without effect on the other kind of checkpoint, and when the job resumes from its own.
+    CONTINUED+=(--fope-start-from-rope "${START:-immediate}" --fope-grow)
+    [[ -z ${ANNEAL_ITERS:-} ]] || CONTINUED+=(--fope-anneal-iters "$ANNEAL_ITERS")
+    [[ -z ${ROTARY_BASE:-} ]] || CONTINUED+=(--fope-change-rotary-base)
+}
+
+_position() { # sets POSITION_FLAGS
+    defaults POSITION=fope
+    POSITION_FLAGS=(--position-embedding-type "$POSITION" --rotary-base "$ROTARY_BASE")
+    case $POSITION in
+        rope) ;;
+        fope)
+            POSITION_FLAGS+=(--fope-train-length "$SEQ_LENGTH")
+            [[ -z ${GAIN:-} ]] || POSITION_FLAGS+=(--fope-gain "$GAIN")
+            ;;
+        *) die "POSITION is '$POSITION'; allowed: rope or fope" ;;
+    esac
+}
+
+_divides() { # LEFT RIGHT WHAT: LEFT divides RIGHT
+    (($2 % $1 == 0)) || die "$3"
+}
+
+_layout() { # sets LAYOUT
+    defaults NNODES=1 GPUS_PER_NODE=8 TP=1 PP=1 CP=1 EP=1 ETP=1
+    local ranks=$((NNODES * GPUS_PER_NODE)) model=$((TP * PP * CP)) experts layers groups
+    local given="NNODES x GPUS_PER_NODE is $NNODES x $GPUS_PER_NODE = $ranks GPUs"
+    experts=$(flag_value --num-experts "${MODEL[@]}") layers=$(flag_value --num-layers "${MODEL[@]}")
+    groups=$(flag_value --num-query-groups "${MODEL[@]}")
+    [[ -n $groups ]] || groups=$(flag_value --num-attention-heads "${MODEL[@]}")
+    _divides $model $ranks "TP x PP x CP is $TP x $PP x $CP = $model, but $given; allowed: a divisor of $ranks"
+    _divides "$PP" "$layers" "PP is $PP; allowed: divisors of the model's $layers layers"
+    ((TP <= groups ? groups % TP == 0 : TP % groups == 0)) ||
+        die "TP is $TP; allowed: divisors or multiples of the model's $groups key and value heads"
+    ((CP == 1 || SEQ_LENGTH % (2 * CP) == 0)) ||
+        die "SEQ_LENGTH is $SEQ_LENGTH; allowed with CP=$CP: multiples of $((2 * CP))"
+    if [[ -n $experts ]]; then
+        _divides "$EP" "$experts" "EP is $EP; allowed: divisors of the model's $experts experts"
+        _divides $((EP * ETP * PP)) $ranks "EP x ETP x PP is $EP x $ETP x $PP = $((EP * ETP * PP)), but $given; allowed: a divisor of $ranks"
+    elif ((EP * ETP > 1)); then
+        die "EP is $EP and ETP is $ETP, but the model has no experts; allowed: 1"
+    fi
+    local replicas=$((ranks / model))
+    _divides $((MICRO_BATCH_SIZE * replicas)) "$GLOBAL_BATCH_SIZE" \
+        "GLOBAL_BATCH_SIZE is $GLOBAL_BATCH_SIZE; allowed: multiples of MICRO_BATCH_SIZE x $replicas data-parallel replicas = $((MICRO_BATCH_SIZE * replicas))"
+
+    LAYOUT=(
+        --tensor-model-parallel-size "$TP"
+        --pipeline-model-parallel-size "$PP"
+        --context-parallel-size "$CP"
+        --use-distributed-optimizer
+    )
+    ((TP == 1)) || LAYOUT+=(--sequence-parallel)
+    [[ -z $experts ]] || LAYOUT+=(--expert-model-parallel-size "$EP" --expert-tensor-parallel-size "$ETP")
+    switch CPU || LAYOUT+=(--overlap-grad-reduce --overlap-param-gather)
+}
+
+_files_of() { # NAME WORD ...: the data sets among the words, with or without weights, are there
+    local name=$1 word
+    for word in "${@:2}"; do
+        [[ $word =~ ^[0-9.]+$ || $word == *://* ]] && continue
+        if switch PACKED; then
+            [[ -f $word ]] || die "$name: $word does not exist"
+        else
+            [[ -f $word.bin && -f $word.idx ]] || die "$name: $word.bin or $word.idx does not exist"
+        fi
+    done
+}
+
+_tokenizer() { # sets TOKENIZER_FLAGS
+    require TOKENIZER "a folder of a Hugging Face tokenizer, its name on the hub, or bytes (see prepare-data)"
+    # A name on the hub is at most two words; it cannot be checked before the run.
+    [[ -e $TOKENIZER || $TOKENIZER =~ ^[[:alnum:]_-][[:alnum:]._-]*(/[[:alnum:]._-]+)?$ ]] ||
+        die "TOKENIZER: $TOKENIZER does not exist, and is no name on the Hugging Face hub either"
+    if [[ $TOKENIZER == bytes ]]; then
+        TOKENIZER_FLAGS=(--tokenizer-type NullTokenizer --vocab-size 257)
+    elif switch PACKED; then
+        TOKENIZER_FLAGS=(--tokenizer-type SFTTokenizer --tokenizer-model "$TOKENIZER")
+        TOKENIZER_FLAGS+=(--sft-tokenizer-prompt-format "${PROMPT_FORMAT:-default}")
+    else
+        TOKENIZER_FLAGS=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER")
+    fi
+}
+
+_data() { # sets DATA
+    if switch MOCK; then
+        DATA=(--mock-data --tokenizer-type NullTokenizer --vocab-size "$VOCABULARY")
+        return
+    fi
+    require DATA_PATH "what Megatron's --data-path takes: prefixes of .bin/.idx, or with weights"
+    _tokenizer
+    local words
+    read -ra words <<< "$DATA_PATH"
+    _files_of DATA_PATH "${words[@]}"
+    DATA=(--data-path "${words[@]}" "${TOKENIZER_FLAGS[@]}" --split "${SPLIT:-99,1,0}")
+    # Documents that do not see each other; ranks then count different numbers of tokens.
+    ! switch PACKED || DATA+=(--sft --calculate-per-token-loss)
+}
+
+_launcher() { # sets LAUNCHER
+    # With more than one connection, kernels and communication may start in another order than Megatron needs.
+    LAUNCHER=(env "CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}")
+    LAUNCHER+=(torchrun --nproc-per-node "$GPUS_PER_NODE" --nnodes "$NNODES")
+    if ((NNODES > 1)); then
+        require MASTER_ADDR "the name of the first node (slurm.sh sets it)"
+        LAUNCHER+=(--node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}")
+        LAUNCHER+=(--master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+    else
+        LAUNCHER+=(--standalone)
+    fi
+    LAUNCHER+=(-m megatron_fope)
+    ! switch CPU || LAUNCHER+=(--cpu)
+    LAUNCHER+=("${SCRIPT:-pretrain}")
+}
+
+_gpus_of_this_machine() {
+    local here
+    if switch CPU || ! command -v nvidia-smi > /dev/null; then return; fi
+    here=$(nvidia-smi --list-gpus | grep -c '^GPU') || true
+    ((GPUS_PER_NODE <= here)) || die "GPUS_PER_NODE is $GPUS_PER_NODE, but this machine has $here GPUs"
+}
+
+_until_told() { # COMMAND ...: a TERM to this script makes Megatron save and end
+    # torchrun, told itself, would kill its ranks after half a minute, in the middle of a large checkpoint.
+    "$@" &
+    local agent=$! told=1 code=0
+    trap 'told=1; pkill -TERM -P "$agent" || true' TERM
+    while ((told)); do # a signal ends wait, too
+        told=0
+        wait "$agent" && code=0 || code=$?
+    done
+    exit "$code"
+}
+
+start() { # FLAG ...: check everything, then print the command (DRY_RUN=1) or run it
+    local folder
+    folder=$(cd "$(dirname "$0")" && pwd)
+    defaults MICRO_BATCH_SIZE=1 SAVE_INTERVAL=500 WARMUP_FRACTION=0.01
+    _position
+    defaults OUT="out/${folder##*/}/$(basename "$0" .sh)-$POSITION"
+    _layout
+    _data
+    _launcher
+    local training=(
+        --seq-length "$SEQ_LENGTH"
+        --max-position-embeddings "$SEQ_LENGTH"
+        # A mask would take length x length bytes a sequence.
+        --no-create-attention-mask-in-dataloader
+        --micro-batch-size "$MICRO_BATCH_SIZE"
+        --global-batch-size "$GLOBAL_BATCH_SIZE"
+        --train-iters "$TRAIN_ITERS"
+        --lr "$LR"
+        --min-lr "$(awk -v lr="$LR" 'BEGIN { print lr / 10 }')"
+        --lr-decay-style cosine
+        --lr-warmup-fraction "$WARMUP_FRACTION"
+        --weight-decay 0.1
+        --adam-beta1 0.9
+        --adam-beta2 0.95
+        --clip-grad 1.0
+    )
+    local run=(
+        --load "$OUT/checkpoints"
+        --save "$OUT/checkpoints"
+        --save-interval "$SAVE_INTERVAL"
+        --tensorboard-dir "$OUT/tensorboard"
+        --log-interval 1
+        --log-throughput
+        --eval-interval 1000
+        --eval-iters "${EVAL_ITERS:-10}"
+    )
+    [[ -z ${EXIT_MINUTES:-} ]] || run+=(--exit-duration-in-mins "$EXIT_MINUTES")
+    ! switch SAVE_ON_TERM || run+=(--exit-signal-handler)
+    local command=(
+        "${LAUNCHER[@]}" "${MODEL[@]}" "${LAYOUT[@]}" "${POSITION_FLAGS[@]}" "${CONTINUED[@]}" "${training[@]}"
+        "${DATA[@]}" "${run[@]}" "$@"
+    )
+    if switch DRY_RUN; then
+        printf '%q ' "${command[@]}"
+        echo
+        return
+    fi
+    _gpus_of_this_machine
+    mkdir -p "$OUT"
+    if switch SAVE_ON_TERM; then
+        _until_told "${command[@]}"
+    else
+        exec "${command[@]}"
+    fi
+}

@@ -1,0 +1,85 @@
+"""Running the launch scripts of ``examples/``, and what Megatron's parser says to the commands they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch import ROOT
+
+EXAMPLES = ROOT / "examples"
+
+
+def site(folder: Path) -> dict[str, str]:
+    """Variables of a site, with files in ``folder`` that exist but hold nothing."""
+    for name in ("a.bin", "a.idx", "b.bin", "b.idx", "base/latest_checkpointed_iteration.txt", "tokenizer/x"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("100")
+    return {
+        "CHECKPOINT": str(folder / "base"),
+        "DATA_PATH": f"0.5 {folder / 'a'} 0.5 {folder / 'b'}",
+        "TOKENIZER": str(folder / "tokenizer"),
+        "MASTER_ADDR": "node0",
+    }
+
+
+def script(name: str, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a script, named relative to ``examples/``, with these variables and no others of its own."""
+    environment = {
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
+        "HOME": os.environ.get("HOME", "/"),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        ["bash", str(EXAMPLES / name), *flags],
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def printed(name: str, *flags: str, **variables: str) -> list[str]:
+    """The launch command that ``DRY_RUN=1`` prints, the last line."""
+    done = script(name, *flags, DRY_RUN="1", **variables)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return shlex.split(done.stdout.splitlines()[-1])
+
+
+def error(name: str, *flags: str, **variables: str) -> str:
+    """The one line of a script that refuses to start, without the script's name."""
+    done = script(name, *flags, **variables)
+    assert done.returncode == 2 and done.stdout == "", (done.stdout, done.stderr)
+    start = f"{Path(name).name}: error: "
+    assert done.stderr.startswith(start) and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr.removeprefix(start).rstrip("\n")
+
+
+def ranks_and_flags(command: list[str]) -> dict[str, Any]:
+    """What torchrun makes of a command."""
+    ranks = 1
+    for flag in ("--nproc-per-node", "--nnodes"):
+        ranks *= int(command[command.index(flag) + 1])
+    assert command[command.index("-m") : command.index("-m") + 2] == ["-m", "megatron_fope"]
+    return {"ranks": ranks, "flags": command[command.index("pretrain") + 1 :]}
+
+
+def parse(commands: dict[str, list[str]]) -> dict[str, Any]:
+    """What Megatron's parser and validation say to every command, on the CPU, in one process."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "scripts" / "parse_commands.py")],
+        input=json.dumps({name: ranks_and_flags(command) for name, command in commands.items()}),
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])

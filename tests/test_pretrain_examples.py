@@ -1,0 +1,326 @@
+"""The scripts of ``examples/pretrain``: Megatron accepts them, they run, they stop, resume and refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example_scripts import EXAMPLES, error, parse, printed, script, site
+from forks import Launcher
+from launch import losses
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a script has to ask for."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    gain: float
+    length: int
+    batch: int
+    micro: int
+    nodes: int
+    layout: dict[str, int] = field(default_factory=dict)
+    """Sizes that are not 1."""
+    cpu: dict[str, int] = field(default_factory=dict)
+    """The same with CPU=1."""
+
+
+MODELS = {
+    "gpt_60m": Model(8, 512, 2048, 8, 8, 0.3, 512, 1024, 64, 1),
+    "gpt_180m": Model(8, 1024, 4096, 8, 8, 0.4, 512, 1024, 32, 1),
+    "gpt_1.2b": Model(16, 2048, 8192, 16, 16, 0.6, 512, 1024, 8, 1),
+    "dense_8b": Model(32, 4096, 14336, 32, 8, 0.6, 8192, 512, 1, 4, {"tensor": 2}, {"tensor": 2}),
+    "dense_70b": Model(
+        80, 8192, 28672, 64, 8, 0.6, 8192, 1024, 1, 32, {"tensor": 8, "pipeline": 4}, {"pipeline": 2}
+    ),
+    "moe_8x7b": Model(
+        *(32, 4096, 14336, 32, 8, 0.6, 8192, 512, 1, 8),
+        {"tensor": 2, "pipeline": 4, "expert": 8},
+        {"expert": 2},
+    ),
+}
+POSITIONS = ("rope", "fope")
+SIZES = {
+    "tensor": "tensor_model_parallel_size",
+    "pipeline": "pipeline_model_parallel_size",
+    "context": "context_parallel_size",
+    "expert": "expert_model_parallel_size",
+}
+MOCK = {"MOCK": "1", "MASTER_ADDR": "node0"}
+
+
+def path(model: str) -> str:
+    """A script below ``examples/``."""
+    return f"pretrain/{model}.sh"
+
+
+def layout(args: dict[str, Any]) -> dict[str, int]:
+    """The parallel sizes that are not 1."""
+    return {name: args[key] for name, key in SIZES.items() if args[key] > 1}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables of a site."""
+    return site(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="module")
+def outcomes(here: dict[str, str]) -> dict[str, Any]:
+    """What Megatron says to every command."""
+    cases = {
+        f"{model} {position}": printed(path(model), **(here | {"POSITION": position}))
+        for model in MODELS
+        for position in POSITIONS
+    }
+    cases["long"] = printed(path("gpt_180m"), SEQ_LENGTH="1024", **MOCK)
+    cases["context"] = printed(path("dense_70b"), SEQ_LENGTH="65536", GLOBAL_BATCH_SIZE="128", **MOCK)
+    cases["layout"] = printed(path("moe_8x7b"), NNODES="4", TP="1", PP="2", EP="4", ETP="2", **MOCK)
+    cases["bytes"] = printed(path("gpt_60m"), "--seed", "3", **(here | {"TOKENIZER": "bytes"}))
+    cases["minutes"] = printed(
+        "slurm.sh", str(EXAMPLES / path("dense_8b")), SLURM_JOB_END_TIME=str(int(time.time()) + 7200), **MOCK
+    )
+    cases["typo"] = printed(path("gpt_60m"), "--tensor-modl-parallel-size", "1", **MOCK)
+    return parse(cases)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_megatron_accepts_the_command(name: str, position: str, outcomes: dict[str, Any]) -> None:
+    found, model = outcomes[f"{name} {position}"], MODELS[name]
+    assert found["code"] is None and found["error"] is None, (found["stderr"], found["error"])
+    args = found["args"]
+    shape = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
+    assert [args[key] for key in shape] == [
+        *(model.layers, model.hidden, model.ffn, model.heads, model.hidden // model.heads)
+    ]
+    assert (args["num_query_groups"] if args["group_query_attention"] else model.heads) == model.groups
+    assert args["seq_length"] == model.length and args["global_batch_size"] == model.batch
+    assert args["micro_batch_size"] == model.micro
+    assert args["world_size"] == 8 * model.nodes and layout(args) == model.layout
+    assert args["position_embedding_type"] == position and not args["mock_data"]
+    assert args["min_lr"] == pytest.approx(args["lr"] / 10) and args["lr_warmup_fraction"] < 1
+    assert args["save"] == args["load"] == f"out/pretrain/{name}-{position}/checkpoints"
+    if position == "fope":
+        assert args["fope_gain"] == model.gain and args["fope_train_length"] == model.length
+
+
+@pytest.mark.launch
+def test_other_commands(outcomes: dict[str, Any]) -> None:
+    args = {name: found["args"] for name, found in outcomes.items() if name != "typo"}
+    assert (args["long"]["global_batch_size"], args["long"]["micro_batch_size"]) == (512, 16)
+    assert args["long"]["fope_train_length"] == 1024
+    assert layout(args["context"]) == {"tensor": 8, "pipeline": 4, "context": 8}
+    assert layout(args["layout"]) == {"pipeline": 2, "expert": 4}
+    assert args["layout"]["expert_tensor_parallel_size"] == 2 and args["layout"]["world_size"] == 32
+    assert args["bytes"]["tokenizer_type"] == "NullTokenizer" and args["bytes"]["seed"] == 3
+    assert 108 <= args["minutes"]["exit_duration_in_mins"] <= 110 and args["minutes"]["exit_signal_handler"]
+    assert outcomes["typo"]["code"] == 2 and "--tensor-modl-parallel-size" in outcomes["typo"]["stderr"]
+
+
+def test_the_papers_warmup_is_10000_iterations() -> None:
+    command = printed(path("gpt_60m"), **MOCK)
+    fraction, iterations = (
+        float(command[command.index(flag) + 1]) for flag in ("--lr-warmup-fraction", "--train-iters")
+    )
+    assert round(fraction * iterations) == 10000
+    assert iterations * 1024 * 512 == pytest.approx(10e9, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*.sh")))
+def test_every_script_parses_and_is_in_a_readme(name: str) -> None:
+    done = subprocess.run(["bash", "-n", str(EXAMPLES / name)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr
+    folders = (EXAMPLES, (EXAMPLES / name).parent)
+    readmes = [folder / "README.md" for folder in folders if (folder / "README.md").exists()]
+    named = re.compile(rf"`([\w/]+/)?{re.escape(Path(name).name)}`")
+    assert any(named.search(readme.read_text()) for readme in readmes)
+
+
+@pytest.mark.parametrize(
+    "name,variables,message",
+    [
+        ("gpt_60m", {"DATA_PATH": ""}, "DATA_PATH is not set; allowed: what Megatron's --data-path takes"),
+        ("gpt_60m", {"DATA_PATH": "/no/data"}, "DATA_PATH: /no/data.bin or /no/data.idx does not exist"),
+        ("gpt_60m", {"TOKENIZER": ""}, "TOKENIZER is not set; allowed: a folder of a Hugging Face tokenizer"),
+        ("gpt_60m", {"TOKENIZER": "/no/tokenizer"}, "TOKENIZER: /no/tokenizer does not exist"),
+        ("dense_8b", {"MASTER_ADDR": ""}, "MASTER_ADDR is not set; allowed: the name of the first node"),
+        ("dense_8b", {"POSITION": "alibi"}, "POSITION is 'alibi'; allowed: rope or fope"),
+        ("dense_8b", {"NNODES": "two"}, "NNODES is 'two'; allowed: a whole number, 1 or more"),
+        ("dense_8b", {"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE is '0'; allowed: a whole number, 1 or more"),
+        ("dense_8b", {"MOCK": "yes"}, "MOCK is 'yes'; allowed: 1 or 0"),
+        (
+            "dense_8b",
+            {"TP": "4", "CP": "16"},
+            "TP x PP x CP is 4 x 1 x 16 = 64, but NNODES x GPUS_PER_NODE is 4 x 8 = 32 GPUs; allowed: ",
+        ),
+        ("dense_70b", {"PP": "3", "NNODES": "3"}, "PP is 3; allowed: divisors of the model's 80 layers"),
+        ("dense_8b", {"TP": "3", "NNODES": "3"}, "TP is 3; allowed: divisors or multiples of the "),
+        ("dense_8b", {"CP": "4", "SEQ_LENGTH": "4100"}, "SEQ_LENGTH is 4100; allowed with CP=4: multiples "),
+        ("dense_8b", {"EP": "2"}, "EP is 2 and ETP is 1, but the model has no experts; allowed: 1"),
+        ("moe_8x7b", {"EP": "3"}, "EP is 3; allowed: divisors of the model's 8 experts"),
+        (
+            "moe_8x7b",
+            {"NNODES": "2"},
+            "EP x ETP x PP is 8 x 1 x 4 = 32, but NNODES x GPUS_PER_NODE is 2 x 8 = 16 GPUs; allowed: ",
+        ),
+        (
+            "dense_8b",
+            {"GLOBAL_BATCH_SIZE": "100"},
+            "GLOBAL_BATCH_SIZE is 100; allowed: multiples of MICRO_BATCH_SIZE x 16 data-parallel replicas",
+        ),
+        ("evaluate", {}, "CHECKPOINTS is not set; allowed: folders made by --save"),
+        ("evaluate", {"CHECKPOINTS": "A=/no/run"}, "CHECKPOINTS: /no/run is not a folder made by --save"),
+        ("evaluate", {"CHECKPOINTS": "A={base}", "DATA_PATH": ""}, "DATA_PATH is not set; allowed: a held"),
+        ("evaluate", {"CHECKPOINTS": "{base}", "DATA_PATH": "/no/x"}, "DATA_PATH: /no/x.bin or /no/x.idx do"),
+    ],
+)  # fmt: skip
+def test_mistakes(name: str, variables: dict[str, str], message: str, here: dict[str, str]) -> None:
+    given = {key: value.replace("{base}", here["CHECKPOINT"]) for key, value in variables.items()}
+    assert error(path(name), **(here | given)).startswith(message)
+    if name != "evaluate":  # a dry run says the same
+        assert error(path(name), **(here | given | {"DRY_RUN": "1"})).startswith(message)
+
+
+def test_fewer_gpus_than_asked_for(tmp_path: Path) -> None:
+    executable(tmp_path / "nvidia-smi", 'echo "GPU 0: H100"; echo "GPU 1: H100"')
+    found = error(path("gpt_60m"), PATH=f"{tmp_path}:{os.environ['PATH']}", **MOCK)
+    assert found == "GPUS_PER_NODE is 8, but this machine has 2 GPUs"
+
+
+def test_mistakes_of_a_job(here: dict[str, str], tmp_path: Path) -> None:
+    assert error("slurm.sh").startswith("the first argument is ''; allowed: a launch script")
+    dense = str(EXAMPLES / path("dense_8b"))
+    assert error("slurm.sh", dense, **here).startswith("SLURM_JOB_ID is not set; allowed: sbatch --nodes N")
+    job = fake_slurm(tmp_path) | {"SLURM_NNODES": "4", "DATA_PATH": "/no/data"}
+    done = script("slurm.sh", dense, **(here | job))
+    assert done.returncode == 2 and done.stdout == "", "nothing was started"
+    assert done.stderr == "dense_8b.sh: error: DATA_PATH: /no/data.bin or /no/data.idx does not exist\n"
+
+
+def executable(file: Path, text: str) -> None:
+    """A command for PATH."""
+    file.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    file.chmod(0o755)
+
+
+def fake_slurm(folder: Path) -> dict[str, str]:
+    """A job on one node whose ``srun`` runs the task here and writes its process id to ``task``."""
+    executable(
+        folder / "srun", f'[[ $1 == --kill-on-bad-exit=1 ]] && echo $$ > "{folder}/task" && exec "${{@:2}}"'
+    )
+    executable(
+        folder / "scontrol",
+        f'if [[ $1 == show ]]; then echo node7; else echo "$@" >> "{folder}/scontrol.log"; fi',
+    )
+    return {
+        "PATH": os.pathsep.join((str(folder), str(Path(sys.executable).parent), os.environ["PATH"])),
+        "SLURM_JOB_ID": "17",
+        "SLURM_NNODES": "1",
+        "SLURM_JOB_NODELIST": "node7",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> dict[str, tuple[str, Path]]:
+    """Log and folder of what every script prints with CPU=1, run; and of one RoPE twin."""
+    found = {}
+    for name, position in [*((model, "fope") for model in MODELS), ("gpt_60m", "rope")]:
+        folder = tmp_path_factory.mktemp(f"{name}-{position}")
+        command = printed(path(name), OUT=str(folder), POSITION=position, CPU="1", **MOCK)
+        assert command[command.index("--nproc-per-node") + 1] == "2"
+        argv = command[command.index("megatron_fope") + 1 :]
+        code, log = launcher.run(2, argv, folder / "log")
+        assert code == 0, (name, log[-4000:])
+        found[f"{name} {position}"] = log, folder
+    return found
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", MODELS)
+def test_every_script_trains_scaled_down(name: str, runs: dict[str, tuple[str, Path]]) -> None:
+    log, folder = runs[f"{name} fope"]
+    assert len(losses(log)) == 4 and all(4.5 < loss < 6.5 for loss in losses(log)), log[-4000:]
+    assert f"gain {MODELS[name].gain:g}" in log and "train length 128 tokens" in log
+    for size, number in MODELS[name].cpu.items():
+        assert re.search(rf"{SIZES[size]} \.+ {number}\n", log), f"{size} on the CPU"
+    assert (folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text().strip() == "4"
+
+
+@pytest.mark.launch
+def test_the_twins_differ_in_the_position_embedding_only(runs: dict[str, tuple[str, Path]]) -> None:
+    logs = {position: runs[f"gpt_60m {position}"][0] for position in POSITIONS}
+    assert "> FoPE: profile" in logs["fope"] and "> FoPE: profile" not in logs["rope"]
+    counts = [re.findall(r"number of parameters.*: (\d+)", log) for log in logs.values()]
+    assert counts[0] == counts[1] and counts[0]
+    assert losses(logs["rope"])[0] != losses(logs["fope"])[0]
+
+
+@pytest.mark.launch
+def test_evaluation_of_both_twins(runs: dict[str, tuple[str, Path]], tmp_path: Path) -> None:
+    folders = " ".join(f"{p}={runs[f'gpt_60m {p}'][1] / 'checkpoints'}" for p in POSITIONS)
+    variables = {"CHECKPOINTS": folders, "LENGTHS": "64,256", "SAMPLES": "2", "MOCK": "1", "CPU": "1"}
+    done = script(path("evaluate"), "--tokens-per-batch", "2048", OUT=str(tmp_path), **variables)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    report = json.loads((tmp_path / "perplexity.json").read_text())
+    for position in POSITIONS:
+        results = report["checkpoints"][position]["results"]
+        assert [row["length"] for row in results] == [64, 256]
+        assert all(50 < row["perplexity"] < 500 for row in results)
+    rows = list(csv.DictReader((tmp_path / "retrieval.csv").open()))
+    assert {row["checkpoint"] for row in rows} == set(POSITIONS)
+    assert {row["length"] for row in rows} == {"64", "256"}
+
+
+@pytest.mark.launch
+def test_a_job_is_told_to_stop_and_goes_on_when_it_is_back(tmp_path: Path) -> None:
+    """TERM to the task of a node, as SLURM sends it: saved, requeued, resumed, finished, not requeued."""
+    task, log = tmp_path / "task", tmp_path / "job.log"
+    variables = (
+        MOCK | fake_slurm(tmp_path) | {"CPU": "1", "OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "1"}
+    )
+    job = ["bash", str(EXAMPLES / "slurm.sh"), str(EXAMPLES / path("gpt_60m")), "--eval-iters", "0"]
+    job += ["--train-iters", "4000", "--exit-signal-handler"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            job, env=variables | {"HOME": str(tmp_path)}, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 200
+            while " iteration        3/" not in log.read_text():
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+                time.sleep(0.1)
+            os.kill(int(task.read_text()), signal.SIGTERM)
+            assert process.wait(timeout=120) == 0, log.read_text()[-4000:]
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    saved = int((tmp_path / "out" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert 3 <= saved < 4000
+    assert f"slurm.sh: iteration {saved} of 4000; back into the queue" in log.read_text()
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 17\n"
+
+    end = ["--train-iters", str(saved + 2), "--override-opt_param-scheduler"]
+    done = subprocess.run(
+        [*job, *end], env=variables | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    iterations = [int(n) for n in re.findall(r" iteration +(\d+)/", done.stdout)]
+    assert iterations == [saved + 1, saved + 2]
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 17\n"
