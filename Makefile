@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 BENCH_OUT ?= out/bench
 export PYTHON TORCH_INDEX_URL VENV
 
-.PHONY: help setup demo test layouts reshard bench bench-gpu test-gpu upstream-tests lint clean
+.PHONY: help setup demo extend test layouts reshard bench bench-gpu test-gpu upstream-tests lint clean
 
 help:
 	@echo "make demo   train a RoPE and a FoPE twin, evaluate both up to 16x the training length"
 	@echo "            DEMO_ITERS=1000 DEMO_OUT=out/demo"
+	@echo "make extend  nine ways to a four times longer context, compared (an hour on 2 cores)"
 	@echo "make test   the whole test suite"
 	@echo "make layouts  real training in 77 parallel layouts, each against one rank (half an hour)"
 	@echo "make reshard  every layout's checkpoint loaded by every other (half an hour)"
@@ -27,6 +28,9 @@ setup:
 
 demo: setup
 	@$(BIN)/python examples/demo/run.py
+
+extend: setup
+	@$(BIN)/python examples/extend/run.py
 
 test: setup
 	@$(BIN)/python -m pytest
