@@ -61,7 +61,8 @@ def inverse_frequencies(dim: int, base: float, dtype: torch.dtype = torch.float3
     Returns:
         ``[dim / 2]`` on CPU, radians per position.
     """
-    exponent = torch.arange(0, dim, 2, dtype=dtype, device="cpu") / dim
+    # Whole numbers first: deepspeed.zero.Init rounds new floating tensors to the training dtype.
+    exponent = torch.arange(0, dim, 2, device="cpu").to(dtype) / dim
     return 1.0 / (base**exponent)
 
 
@@ -143,7 +144,7 @@ def yarn_frequencies(
     high: float = min(math.ceil(index_of(beta_slow)), dim - 1)
     if low == high:
         high += 0.001
-    index = torch.arange(inv_freq.numel(), dtype=inv_freq.dtype, device=inv_freq.device)
+    index = torch.arange(inv_freq.numel(), device=inv_freq.device).to(inv_freq.dtype)
     ramp = ((index - low) / (high - low)).clamp(0, 1)
     keep = (1 - ramp) * extrapolation_factor
     return (inv_freq / scale) * (1 - keep) + inv_freq * keep
@@ -245,7 +246,8 @@ def random_coefficients(
     shape: tuple[int, ...], init: str, gain: float, generator: torch.Generator | None = None
 ) -> Tensor:
     """:func:`init_coefficients` without the identity."""
-    coefficients = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    # Whole numbers first: deepspeed.zero.Init rounds new floating tensors to the training dtype.
+    coefficients = torch.zeros(shape, dtype=torch.int32, device="cpu").float()
     match init:
         case "eye" | "identity":
             pass
