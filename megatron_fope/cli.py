@@ -18,6 +18,8 @@ megatron-fope evaluate-retrieval ...                     what checkpoints find i
 megatron-fope convert SOURCE TARGET ...                  RoPE checkpoint to FoPE, or FoPE to a longer FoPE
 megatron-fope inspect FOLDER | diff A B                  what checkpoints hold, how two differ
 megatron-fope ladder SCHEDULE [--run]                    several context lengths, stage by stage
+megatron-fope plan --gpus N ... -- [Megatron's arguments]
+                                                         memory of a rank, and parallel layouts that fit
 megatron-fope env                                        versions, GPUs and back ends, for bug reports
 megatron-fope bench ...                                  speed, memory and communication beside RoPE
 """
@@ -78,6 +80,7 @@ def _dispatch(argv: list[str]) -> int:
     from megatron_fope.evaluation import command as evaluation
     from megatron_fope.evaluation import retrieval_command as retrieval
     from megatron_fope.ladder import command as ladder
+    from megatron_fope.planning import command as planning
 
     preparation.add_arguments(commands.add_parser("prepare-data", help="text to Megatron's .bin/.idx"))
     recall.add_arguments(commands.add_parser("make-recall-data", help="associative recall to train on"))
@@ -88,6 +91,7 @@ def _dispatch(argv: list[str]) -> int:
         commands.add_parser("evaluate-retrieval", help="what checkpoints find in long contexts")
     )
     ladder.add_arguments(commands.add_parser("ladder", help="several context lengths, stage by stage"))
+    planning.add_arguments(commands.add_parser("plan", help="memory of a rank, and layouts that fit"))
     environment.add_arguments(commands.add_parser("env", help="versions, GPUs and back ends"))
     bench.add_arguments(commands.add_parser("bench", help="speed, memory and communication beside RoPE"))
     for name, text in conversion.COMMANDS.items():
@@ -95,7 +99,8 @@ def _dispatch(argv: list[str]) -> int:
         if name in argv[:1]:  # its flags take an import of torch
             conversion.add_arguments(name, command)
     behind: list[str] = []
-    if argv[:1] == ["ladder"] and "--" in argv:  # argparse takes a positional and such words together only
+    # argparse takes a positional and such words together only
+    if argv[:1] in (["ladder"], ["plan"]) and "--" in argv:
         argv, behind = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     arguments = parser.parse_args(argv)
     if arguments.command in conversion.COMMANDS:
@@ -110,6 +115,8 @@ def _dispatch(argv: list[str]) -> int:
         return retrieval.run(arguments)
     if arguments.command == "ladder":
         return ladder.run(arguments, behind)
+    if arguments.command == "plan":
+        return planning.run(arguments, behind)
     if arguments.command == "env":
         return environment.run(arguments)
     if arguments.command == "bench":

@@ -42,6 +42,9 @@ from megatron_fope.compat.data import (
 from megatron_fope.compat.inference import (
     token_positions,
 )
+from megatron_fope.compat.memory import (
+    theoretical_memory,
+)
 from megatron_fope.compat.models import (
     build_model,
     define_missing_latent_attention_library,
@@ -109,6 +112,7 @@ __all__ = [
     "require_supported_megatron",
     "run_pretraining",
     "slice_batch_for_context_parallelism",
+    "theoretical_memory",
     "token_positions",
     "use_prebuilt_dataset_helpers",
 ]

@@ -17,11 +17,10 @@ import copy
 import dataclasses
 import math
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_fope.arguments import (
     CHANGE_BASE,
@@ -29,7 +28,6 @@ from megatron_fope.arguments import (
     GROW,
     START_FROM_ROPE,
     STARTS,
-    add_fope_arguments,
     check_layout,
     check_start_flags,
     fope_config_from_args,
@@ -42,6 +40,7 @@ from megatron_fope.checkpoint_arguments import check_against_checkpoint, check_l
 from megatron_fope.config import flag
 from megatron_fope.errors import UserError
 from megatron_fope.ladder.schedule import OWNED, Schedule, Stage
+from megatron_fope.megatron_flags import megatron_parser, parse
 
 _NO_MASK = "no-create-attention-mask-in-dataloader"
 """A mask takes length x length bytes of every sample, and no attention for long sequences reads it."""
@@ -163,7 +162,7 @@ def _rung(
 ) -> Rung:
     stage = schedule.stages[number - 1]
     words = _words(stage.flags)
-    asked = _parse(parser, [*words, *extra])
+    asked = parse(parser, [*words, *extra])
     folder = str(schedule.folder(stage))
     if folder == source.where:
         raise UserError(f"name is {stage.name!r}: its folder {folder} is what the ladder starts from")
@@ -174,7 +173,7 @@ def _rung(
     own = ["--position-embedding-type", FOPE, flag("train_length"), length, *start]
     own += ["--max-position-embeddings", length]
     own += ["--pretrained-checkpoint", source.where, "--load", folder, "--save", folder]
-    args = _parse(parser, [*words, *own, *extra])
+    args = parse(parser, [*words, *own, *extra])
     args.world_size, args.finetune = stage.gpus, True  # as Megatron sets it where it takes weights only
     _check(args, source)
     return Rung(
@@ -335,28 +334,9 @@ def _words(flags: dict[str, list[str]]) -> list[str]:
     return [word for name, values in flags.items() for word in (f"--{name}", *values)]
 
 
-def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return parser.parse_args(words)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Megatron's flags; a mistake is one line and not its whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def _parser(launcher: list[str]) -> argparse.ArgumentParser:
     """The parser of the Megatron that the launcher starts: its script's folder comes first, as there."""
     for word in launcher:
         if word.endswith(".py") and Path(word).is_file():
             sys.path.insert(0, str(Path(word).resolve().parent))
-    with warnings.catch_warnings():  # about libraries that only training needs
-        warnings.simplefilter("ignore")
-        from megatron.training import arguments
-
-        parser = _Parser(prog="megatron-fope ladder", allow_abbrev=False)
-        arguments.add_megatron_arguments(parser)
-    return add_fope_arguments(parser)
+    return megatron_parser("megatron-fope ladder")

@@ -1,0 +1,49 @@
+"""Megatron's own flags, read without starting it: no GPU, no process group."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megatron_fope import compat
+from megatron_fope.arguments import add_fope_arguments
+from megatron_fope.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """A mistake is one line and not Megatron's whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def megatron_parser(prog: str) -> argparse.ArgumentParser:
+    """The parser of the Megatron that is imported, with FoPE's flags; takes seconds.
+
+    Args:
+        prog: name of the command.
+
+    Raises:
+        UserError: there is no Megatron that is supported.
+    """
+    with warnings.catch_warnings():  # about libraries that only training needs
+        warnings.simplefilter("ignore")
+        compat.require_supported_megatron()
+        from megatron.training import arguments
+
+        parser = _Parser(prog=prog, allow_abbrev=False)
+        arguments.add_megatron_arguments(parser)
+    return add_fope_arguments(parser)
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """What Megatron's parser makes of flags, before Megatron validates them.
+
+    Raises:
+        UserError: an unknown flag or a value of the wrong kind.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return parser.parse_args(words)

@@ -1,0 +1,225 @@
+"""A plan: what the user's own layout takes, and which layouts fit with the least communication."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_fope import compat
+from megatron_fope.arguments import check_layout
+from megatron_fope.errors import UserError
+from megatron_fope.planning.activations import Activations, activations
+from megatron_fope.planning.cluster import Cluster
+from megatron_fope.planning.communication import Communication, communication
+from megatron_fope.planning.layout import Layout, divides, legal_layouts
+from megatron_fope.planning.model import Model, Training, read_model, read_training
+from megatron_fope.planning.states import Parameters, States, parameters, states
+
+LONGEST_BUBBLE = 0.2
+"""Layouts whose pipeline waits for a larger share of a step come after all others."""
+
+_CHANGES: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    ((), {}),
+    (("--use-distributed-optimizer",), {"distributed": True}),
+    (
+        (
+            *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+            *("--recompute-num-layers", "1"),
+        ),
+        {"recompute": "full", "recompute_method": "uniform", "recompute_layers": 1},
+    ),
+)
+"""What is added, one after the other, as long as no layout fits: flags, and what they change."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank of a pipeline stage."""
+
+    stage: int
+    parameters: Parameters
+    states: States
+    activations: Activations
+    coefficients: int
+    """FoPE's, frozen; learnable ones are among the states."""
+    table: int
+    """FoPE's sine and cosine of every position of the rank and every frequency, once for all layers."""
+
+    @property
+    def total(self) -> float:
+        s, a = self.states, self.activations
+        between = s.parameters + s.gradients + s.optimizer + self.coefficients + self.table
+        return between + a.kept + a.working + a.output + a.inputs
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One layout."""
+
+    layout: Layout
+    memory: Memory
+    """Of the stage that takes the most."""
+    communication: Communication
+    """Of the same stage."""
+    bubble: float
+    """Share of a step in which the pipeline waits."""
+    fits: bool
+
+    @property
+    def rank(self) -> tuple[bool, float, int, int, int, int]:
+        """What layouts are ordered by: a short bubble, then the least communication, then small groups."""
+        layout = self.layout
+        sizes = (layout.tp, layout.cp, layout.pp, layout.ep)
+        return (self.bubble > LONGEST_BUBBLE, self.communication.cost, *sizes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`plan` found."""
+
+    model: Model
+    training: Training
+    """Of the user's own flags."""
+    cluster: Cluster
+    own: Estimate | None
+    """Of the user's own layout; None where no layout is given and none at all does not divide."""
+    best: tuple[Estimate, ...]
+    """Layouts that fit, the best first."""
+    added: tuple[str, ...]
+    """Flags that ``best`` needs besides the user's."""
+    legal: int
+    """Layouts that divide."""
+    smallest: Estimate | None
+    """Without one that fits: the layout that takes the least."""
+    megatron: tuple[float, float] | None
+    """Megatron's own estimate for the user's layout: bytes of weights and optimizer, of activations."""
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return parameters(self.model, Layout(), stage=0).total
+
+
+def plan(args: Any, cluster: Cluster) -> Plan:
+    """Estimate memory and communication of a run on a cluster and look for layouts that fit.
+
+    Args:
+        args: Megatron's arguments as its parser makes them (:mod:`megatron_fope.megatron_flags`), or as they
+            are in a run; not changed.
+        cluster: the machines.
+
+    Raises:
+        UserError: a flag is missing, its memory is not known, or the given layout does not divide.
+    """
+    model, training = read_model(args), read_training(args)
+    own = _own(args, model, training, cluster)
+    given_etp = getattr(args, "expert_tensor_parallel_size", None)
+    added: tuple[str, ...] = ()
+    changed, found = training, []
+    for flags, settings in _CHANGES:
+        new = dataclasses.replace(changed, **settings)
+        if flags and new == changed:
+            continue
+        changed, added = new, added + flags
+        layouts = legal_layouts(model, changed, cluster, given_etp)
+        found = [estimate(model, changed, layout, cluster) for layout in layouts]
+        if any(one.fits for one in found):
+            break
+    fitting = sorted((one for one in found if one.fits), key=lambda one: one.rank)
+    return Plan(
+        model,
+        training,
+        cluster,
+        own=own,
+        best=tuple(fitting),
+        added=added,
+        legal=len(found),
+        smallest=None if fitting else min(found, key=lambda one: one.memory.total, default=None),
+        megatron=None if own is None else _megatron(args, model, training, own.layout),
+    )
+
+
+def estimate(model: Model, training: Training, layout: Layout, cluster: Cluster) -> Estimate:
+    """Memory and communication of one layout, both of the stage that takes the most memory."""
+    stages: Iterable[int] = range(layout.pp)
+    if layout.pp > 2 and len(set(model.moe)) == 1:
+        stages = (0, 1, layout.pp - 1)  # those between hold less than the second
+    memory = max((memory_of(model, training, layout, s) for s in stages), key=lambda one: one.total)
+    return Estimate(
+        layout,
+        memory,
+        communication(model, training, layout, cluster, memory.parameters, memory.stage),
+        bubble=layout.bubble(training),
+        fits=memory.total <= cluster.usable,
+    )
+
+
+def memory_of(model: Model, training: Training, layout: Layout, stage: int) -> Memory:
+    """Everything that a rank of a stage holds."""
+    count = parameters(model, layout, stage)
+    fope = model.fope
+    frozen = fope is not None and not fope.learnable
+    tokens = training.seq_length // layout.cp
+    return Memory(
+        stage,
+        count,
+        states(count, training, layout),
+        activations(model, training, layout, stage),
+        coefficients=4 * model.coefficients() * (model.layers // layout.pp) if frozen else 0,
+        table=2 * tokens * fope.d_in(model.head_dim) * 4 if fope is not None else 0,
+    )
+
+
+def own_layout(args: Any, cluster: Cluster) -> Layout:
+    """The layout that Megatron's arguments ask for."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    cp = args.context_parallel_size
+    if per_chunk := getattr(args, "num_layers_per_virtual_pipeline_stage", None):
+        vpp = args.num_layers // (pp * per_chunk)
+    else:
+        vpp = getattr(args, "num_virtual_stages_per_pipeline_rank", None) or 1
+    return Layout(
+        tp,
+        pp,
+        cp,
+        args.expert_model_parallel_size,
+        getattr(args, "expert_tensor_parallel_size", None) or tp,
+        cluster.gpus // (tp * pp * cp),
+        vpp,
+        args.sequence_parallel and tp > 1,
+    )
+
+
+def _own(args: Any, model: Model, training: Training, cluster: Cluster) -> Estimate | None:
+    checked = copy.copy(args)
+    checked.world_size = cluster.gpus
+    layout = own_layout(args, cluster)
+    try:
+        check_layout(checked)
+    except UserError as error:
+        if (layout.tp, layout.pp, layout.cp, layout.ep) == (1, 1, 1, 1):
+            return None  # no layout is given: one is looked for
+        # The rank count of a launch is named otherwise than that of a plan.
+        raise UserError(str(error).replace("WORLD_SIZE is", "--gpus is")) from None
+    if not divides(model, training, layout):
+        raise UserError(
+            f"{layout} does not divide the model; allowed: TP a divisor of heads, MLP widths and the tokens "
+            "of a rank, PP times the chunks of a rank one of the layers, EP one of the experts, ETP one of "
+            "their width, with a2a CP one of the heads of a rank"
+        )
+    return estimate(model, training, layout, cluster)
+
+
+def _megatron(args: Any, model: Model, training: Training, layout: Layout) -> tuple[float, float]:
+    filled = argparse.Namespace(**vars(args))
+    filled.ffn_hidden_size, filled.kv_channels = model.ffn, model.head_dim
+    filled.moe_ffn_hidden_size = model.expert_ffn
+    filled.padded_vocab_size = model.padded_vocabulary(layout.tp)
+    filled.world_size, filled.data_parallel_size = layout.ranks, layout.dp
+    filled.expert_tensor_parallel_size = layout.etp
+    filled.virtual_pipeline_model_parallel_size = layout.vpp if layout.vpp > 1 else None
+    return compat.theoretical_memory(filled, layout.microbatches(training))
