@@ -237,35 +237,52 @@ def fake_slurm(folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A run of what a script prints with CPU=1."""
+
+    log: str
+    checkpoints: Path
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> dict[str, tuple[str, Path]]:
-    """Log and folder of what every script prints with CPU=1, run; and of one RoPE twin."""
-    found = {}
-    for name, position in [*((model, "fope") for model in MODELS), ("gpt_60m", "rope")]:
-        folder = tmp_path_factory.mktemp(f"{name}-{position}")
-        command = printed(path(name), OUT=str(folder), POSITION=position, CPU="1", **MOCK)
+def runs(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> dict[str, Finished]:
+    """Every script with CPU=1, a RoPE twin of the 8B model, and that twin continued as FoPE."""
+    found: dict[str, Finished] = {}
+
+    def run(name: str, script_path: str, *, save: bool, **variables: str) -> None:
+        folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        command = printed(script_path, OUT=str(folder), CPU="1", **MOCK, **variables)
         assert command[command.index("--nproc-per-node") + 1] == "2"
         argv = command[command.index("megatron_fope") + 1 :]
+        if not save:  # the writers of a checkpoint take longer than the training
+            at = argv.index("--save")
+            del argv[at : at + 2]
         code, log = launcher.run(2, argv, folder / "log")
         assert code == 0, (name, log[-4000:])
-        found[f"{name} {position}"] = log, folder
+        found[name] = Finished(log, folder / "checkpoints")
+
+    for name in MODELS:
+        run(f"{name} fope", path(name), save=name == "gpt_60m")
+    run("dense_8b rope", path("dense_8b"), save=True, POSITION="rope")
+    continued = {"CHECKPOINT": str(found["dense_8b rope"].checkpoints), "SEQ_LENGTH": "256"}
+    run("continued", "context_extension/dense_8b.sh", save=False, **continued)
     return found
 
 
 @pytest.mark.launch
 @pytest.mark.parametrize("name", MODELS)
-def test_every_script_trains_scaled_down(name: str, runs: dict[str, tuple[str, Path]]) -> None:
-    log, folder = runs[f"{name} fope"]
+def test_every_script_trains_scaled_down(name: str, runs: dict[str, Finished]) -> None:
+    log = runs[f"{name} fope"].log
     assert len(losses(log)) == 4 and all(4.5 < loss < 6.5 for loss in losses(log)), log[-4000:]
     assert f"gain {MODELS[name].gain:g}" in log and "train length 128 tokens" in log
     for size, number in MODELS[name].cpu.items():
         assert re.search(rf"{SIZES[size]} \.+ {number}\n", log), f"{size} on the CPU"
-    assert (folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text().strip() == "4"
 
 
 @pytest.mark.launch
-def test_the_twins_differ_in_the_position_embedding_only(runs: dict[str, tuple[str, Path]]) -> None:
-    logs = {position: runs[f"gpt_60m {position}"][0] for position in POSITIONS}
+def test_the_twins_differ_in_the_position_embedding_only(runs: dict[str, Finished]) -> None:
+    logs = {position: runs[f"dense_8b {position}"].log for position in POSITIONS}
     assert "> FoPE: profile" in logs["fope"] and "> FoPE: profile" not in logs["rope"]
     counts = [re.findall(r"number of parameters.*: (\d+)", log) for log in logs.values()]
     assert counts[0] == counts[1] and counts[0]
@@ -273,19 +290,32 @@ def test_the_twins_differ_in_the_position_embedding_only(runs: dict[str, tuple[s
 
 
 @pytest.mark.launch
-def test_evaluation_of_both_twins(runs: dict[str, tuple[str, Path]], tmp_path: Path) -> None:
-    folders = " ".join(f"{p}={runs[f'gpt_60m {p}'][1] / 'checkpoints'}" for p in POSITIONS)
-    variables = {"CHECKPOINTS": folders, "LENGTHS": "64,256", "SAMPLES": "2", "MOCK": "1", "CPU": "1"}
-    done = script(path("evaluate"), "--tokens-per-batch", "2048", OUT=str(tmp_path), **variables)
+def test_a_trained_model_is_continued_at_a_longer_length(runs: dict[str, Finished]) -> None:
+    log = runs["continued"].log
+    assert "the coefficients are fresh (seed 1234)" in log and "is a RoPE model" in log
+    assert "train length 256 tokens" in log and len(losses(log)) == 4
+
+
+@pytest.mark.launch
+def test_evaluation(runs: dict[str, Finished], tmp_path: Path) -> None:
+    folder = str(runs["gpt_60m fope"].checkpoints)
+    variables = {"LENGTHS": "64,256", "SAMPLES": "2", "MOCK": "1", "CPU": "1", "OUT": str(tmp_path)}
+    flags = ("--tokens-per-batch", "2048")
+    dry = script(path("evaluate"), *flags, CHECKPOINTS=f"A={folder} {folder}", DRY_RUN="1", **variables)
+    assert [line.split()[1] for line in dry.stdout.splitlines()] == [
+        *("make-recall-data", "evaluate-perplexity", "evaluate-retrieval")
+    ]
+    both = f" --checkpoint A={folder} --checkpoint {folder} "
+    assert dry.stdout.count(both) == 2 and not list(tmp_path.iterdir())
+
+    done = script(path("evaluate"), *flags, CHECKPOINTS=f"FoPE={folder}", **variables)
     assert done.returncode == 0, (done.stdout, done.stderr)
-    report = json.loads((tmp_path / "perplexity.json").read_text())
-    for position in POSITIONS:
-        results = report["checkpoints"][position]["results"]
-        assert [row["length"] for row in results] == [64, 256]
-        assert all(50 < row["perplexity"] < 500 for row in results)
+    results = json.loads((tmp_path / "perplexity.json").read_text())["checkpoints"]["FoPE"]["results"]
+    assert [row["length"] for row in results] == [64, 256]
+    assert all(50 < row["perplexity"] < 500 for row in results)
     rows = list(csv.DictReader((tmp_path / "retrieval.csv").open()))
-    assert {row["checkpoint"] for row in rows} == set(POSITIONS)
     assert {row["length"] for row in rows} == {"64", "256"}
+    assert {row["checkpoint"] for row in rows} == {"FoPE"}
 
 
 @pytest.mark.launch
@@ -296,13 +326,13 @@ def test_a_job_is_told_to_stop_and_goes_on_when_it_is_back(tmp_path: Path) -> No
         MOCK | fake_slurm(tmp_path) | {"CPU": "1", "OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "1"}
     )
     job = ["bash", str(EXAMPLES / "slurm.sh"), str(EXAMPLES / path("gpt_60m")), "--eval-iters", "0"]
-    job += ["--train-iters", "4000", "--exit-signal-handler"]
+    job += ["--train-iters", "4000"]
     with log.open("w") as output:
         process = subprocess.Popen(
             job, env=variables | {"HOME": str(tmp_path)}, stdout=output, stderr=output, start_new_session=True
         )
         try:
-            deadline = time.monotonic() + 200
+            deadline = time.monotonic() + 300
             while " iteration        3/" not in log.read_text():
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
                 time.sleep(0.1)
