@@ -42,7 +42,7 @@ class UlyssesAttention(torch.nn.Module):
         local.num_query_groups //= size
         local.kv_channels = config.kv_channels
         self.attention = DotProductAttention(local, pg_collection=pg_collection, **kwargs)
-        self.exchange = DistributedAttention(self._attend, pg_collection.cp, scatter_idx=2, gather_idx=0)
+        self.exchange = DistributedAttention(self._attend, pg_collection.cp, scatter_idx=2, gather_idx=1)
         self.size = size
 
     def forward(
@@ -71,18 +71,20 @@ class UlyssesAttention(torch.nn.Module):
             raise UserError(
                 "Ulysses here takes whole sequences under a causal mask; give no mask and no packing"
             )
-        return self.exchange(query, key, value, 1).flatten(2)
+        # With the sequence first, DeepSpeed 0.18 returns heads and tokens in a wrong order.
+        batch_first = (tensor.transpose(0, 1) for tensor in (query, key, value))
+        return self.exchange(*batch_first, 0).transpose(0, 1).flatten(2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """``[all tokens, batch, local heads, head_dim]``, in the order of the ranks."""
-        tokens = query.size(0) // self.size
+        """All tokens in the order of the ranks: ``[batch, all tokens, local heads, head_dim]``."""
+        tokens = query.size(1) // self.size
         order = torch.cat(
             [sequence_positions(tokens, cp_rank=rank, cp_size=self.size) for rank in range(self.size)]
         ).to(query.device)
         natural = order.argsort()
-        query, key, value = (tensor.index_select(0, natural) for tensor in (query, key, value))
-        context = self.attention(query, key, value, None)
-        return context.index_select(0, order).unflatten(2, (query.size(2), -1))
+        in_order = (tensor.transpose(0, 1).index_select(0, natural) for tensor in (query, key, value))
+        context = self.attention(*in_order, None).index_select(0, order)
+        return context.unflatten(2, (query.size(2), -1)).transpose(0, 1)
 
 
 def with_ulysses(spec: Any) -> Any:

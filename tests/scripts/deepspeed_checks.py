@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from megatron_fope import frequencies
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "deepspeed"))
 import train
 
@@ -99,6 +101,7 @@ def fresh(args: Namespace) -> dict[str, torch.Tensor]:
 def check(flags: str, folder: str) -> None:
     """One case."""
     args = parsed(flags)
+    frequencies.inv_freq.cache_clear()  # so that this model makes its own
     engine = train.initialize(args)
     losses = train.train(Namespace(**vars(args) | {"steps": HALF}), engine)
     engine.save_checkpoint(folder, tag="half", client_state={"step": HALF})
@@ -110,6 +113,8 @@ def check(flags: str, folder: str) -> None:
     assert expected[-1] < expected[0] - 0.5, "the model must learn"
     final = coefficients(engine.module)
     check_coefficients(args, final, learned)
+    if args.position == "fope":
+        check_frequencies(args, engine.module)
 
     resumed = train.initialize(args)
     first = train.resume(Namespace(**vars(args) | {"load": folder}), resumed)
@@ -118,6 +123,16 @@ def check(flags: str, folder: str) -> None:
     assert_equal(coefficients(resumed.module), final)
     if args.zero:
         assert_equal(consolidated(folder), at_half)
+
+
+def check_frequencies(args: Namespace, model: torch.nn.Module) -> None:
+    """Also float32, and what they are outside of DeepSpeed."""
+    found = [value for name, value in model.named_buffers() if name.endswith("fope.inv_freq")]
+    assert len(found) == args.layers
+    frequencies.inv_freq.cache_clear()
+    expected = train.fope_config(args).inv_freq(args.hidden // args.heads)
+    for value in found:
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
 
 
 def check_coefficients(
