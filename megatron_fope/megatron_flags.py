@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
@@ -28,13 +29,18 @@ def megatron_parser(prog: str) -> argparse.ArgumentParser:
     Raises:
         UserError: there is no Megatron that is supported.
     """
+    disabled = logging.root.manager.disable
     with warnings.catch_warnings():  # about libraries that only training needs
         warnings.simplefilter("ignore")
-        compat.require_supported_megatron()
-        from megatron.training import arguments
+        logging.disable(logging.WARNING)
+        try:
+            compat.require_supported_megatron()
+            from megatron.training import arguments
 
-        parser = _Parser(prog=prog, allow_abbrev=False)
-        arguments.add_megatron_arguments(parser)
+            parser = _Parser(prog=prog, allow_abbrev=False)
+            arguments.add_megatron_arguments(parser)
+        finally:
+            logging.disable(disabled)
     return add_fope_arguments(parser)
 
 

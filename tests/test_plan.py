@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from forks import Launcher
-from launch import TINY_MODEL
+from launch import ROOT, TINY_MODEL
 
 from megatron_fope.arguments import check_layout
 from megatron_fope.cli import main
@@ -303,8 +304,16 @@ def test_what_is_added_when_nothing_fits(parse: Any) -> None:
     found = plan(long, Cluster(256, 80))
     assert found.own is None, "no layout is given, and without one 4 sequences are not for 256 ranks"
     assert "--recompute-granularity" in found.added and found.best
+    assert not found.recomputed, "they recompute already"
     nothing = plan(long, Cluster(8, 80))
     assert not nothing.best and nothing.smallest.memory.total > nothing.cluster.usable
+
+
+def test_recomputation_beside_it(parse: Any) -> None:
+    """What is shown for it is what its flags give."""
+    found = plan(parse(LLAMA_70B), Cluster(64, 80))
+    with_it = plan(parse(LLAMA_70B, list(found.recompute_flags)), Cluster(64, 80))
+    assert found.best and found.recomputed == with_it.best
 
 
 def test_communication_over_nodes(parse: Any) -> None:
@@ -418,3 +427,13 @@ def test_missing_flags(missing: str, parse: Any) -> None:
     at = LLAMA_8B.index(missing)
     with pytest.raises(UserError, match=f"{missing} is missing"):
         plan(parse(LLAMA_8B[:at] + LLAMA_8B[at + 2 :]), Cluster(64, 80))
+
+
+def test_the_example_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "examples" / "plan_1m_tokens.md").read_text()
+    common = re.search(r'COMMON="([^"]+)"', text).group(1)
+    pairs = re.findall(r"```sh\n(megatron-fope plan [^`]+)```\n\n```\n([^`]+)```", text)
+    assert len(pairs) == 3
+    for command, output in pairs:
+        main(shlex.split(command.replace("\\\n", " ").replace("$COMMON", common))[1:])
+        assert capsys.readouterr().out == output

@@ -69,7 +69,12 @@ def _own(plan: Plan, own: Estimate) -> list[str]:
         rows.append(("FoPE coefficients", memory.coefficients, note))
         rows.append(("FoPE table", memory.table, "once for all layers"))
     rows.append(("total", memory.total, f"of {_size(plan.cluster.usable)}"))
-    verdict = "fits" if own.fits else f"DOES NOT FIT: {_size(memory.total - plan.cluster.usable)} too much"
+    verdict = "fits"
+    if not own.fits:
+        largest = max(rows[:-1], key=lambda row: row[1])[0]
+        verdict = (
+            f"DOES NOT FIT, {_size(memory.total - plan.cluster.usable)} too much, most of it for {largest}"
+        )
     lines = [f"Your layout, {layout}: {verdict}", f"  {where} holds"]
     lines += [f"    {name:20} {_size(size):>12}  {note}".rstrip() for name, size, note in rows]
     lines.append("  and sends in a step")
@@ -133,8 +138,16 @@ def _search(plan: Plan, show: int) -> list[str]:
             )
             + f" {one.bubble:6.0%}"
         )
-    flags = plan.best[0].layout.flags(bool(plan.model.experts))
-    return [*lines, "", f"The first one: {shlex.join([*flags, *plan.added])}"]
+    moe = bool(plan.model.experts)
+    lines += ["", f"The first one: {shlex.join([*plan.best[0].layout.flags(moe), *plan.added])}"]
+    if plan.recomputed:
+        first = plan.recomputed[0]
+        inside, between = map(_size, (first.communication.inside, first.communication.between))
+        lines.append(
+            f"With full recomputation, a third more computing, {len(plan.recomputed)} fit. The first one: "
+            f"{first.layout}, {_size(first.memory.total)}, sends {inside} inside, {between} between nodes"
+        )
+    return lines
 
 
 def _gib(size: float) -> str:

@@ -19,21 +19,26 @@ from megatron_fope.planning.layout import Layout, divides, legal_layouts
 from megatron_fope.planning.model import Model, Training, read_model, read_training
 from megatron_fope.planning.states import Parameters, States, parameters, states
 
-LONGEST_BUBBLE = 0.2
+LONGEST_BUBBLE = 0.1
 """Layouts whose pipeline waits for a larger share of a step come after all others."""
 
-_CHANGES: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+_Change = tuple[tuple[str, ...], dict[str, Any]]
+"""Flags, and the settings that they change."""
+
+_RECOMPUTE: _Change = (
+    (
+        *("--recompute-granularity", "full"),
+        *("--recompute-method", "uniform"),
+        *("--recompute-num-layers", "1"),
+    ),
+    {"recompute": "full", "recompute_method": "uniform", "recompute_layers": 1},
+)
+_CHANGES: tuple[_Change, ...] = (
     ((), {}),
     (("--use-distributed-optimizer",), {"distributed": True}),
-    (
-        (
-            *("--recompute-granularity", "full", "--recompute-method", "uniform"),
-            *("--recompute-num-layers", "1"),
-        ),
-        {"recompute": "full", "recompute_method": "uniform", "recompute_layers": 1},
-    ),
+    _RECOMPUTE,
 )
-"""What is added, one after the other, as long as no layout fits: flags, and what they change."""
+"""What is added, one after the other, as long as no layout fits."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +96,19 @@ class Plan:
     """Layouts that fit, the best first."""
     added: tuple[str, ...]
     """Flags that ``best`` needs besides the user's."""
+    recomputed: tuple[Estimate, ...]
+    """As ``best``, with :attr:`recompute_flags` added; empty where nothing fits or ``best`` recomputes."""
     legal: int
     """Layouts that divide."""
     smallest: Estimate | None
     """Without one that fits: the layout that takes the least."""
     megatron: tuple[float, float] | None
     """Megatron's own estimate for the user's layout: bytes of weights and optimizer, of activations."""
+
+    @property
+    def recompute_flags(self) -> tuple[str, ...]:
+        """What turns full recomputation on."""
+        return _RECOMPUTE[0]
 
     @property
     def parameters(self) -> int:
@@ -125,11 +137,14 @@ def plan(args: Any, cluster: Cluster) -> Plan:
         if flags and new == changed:
             continue
         changed, added = new, added + flags
-        layouts = legal_layouts(model, changed, cluster, given_etp)
-        found = [estimate(model, changed, layout, cluster) for layout in layouts]
+        found = _estimates(model, changed, cluster, given_etp)
         if any(one.fits for one in found):
             break
-    fitting = sorted((one for one in found if one.fits), key=lambda one: one.rank)
+    fitting = _fitting(found)
+    recomputed: list[Estimate] = []
+    if fitting and changed.recompute != "full":
+        changed = dataclasses.replace(changed, **_RECOMPUTE[1])
+        recomputed = _fitting(_estimates(model, changed, cluster, given_etp))
     return Plan(
         model,
         training,
@@ -137,10 +152,20 @@ def plan(args: Any, cluster: Cluster) -> Plan:
         own=own,
         best=tuple(fitting),
         added=added,
+        recomputed=tuple(recomputed),
         legal=len(found),
         smallest=None if fitting else min(found, key=lambda one: one.memory.total, default=None),
         megatron=None if own is None else _megatron(args, model, training, own.layout),
     )
+
+
+def _estimates(model: Model, training: Training, cluster: Cluster, etp: int | None) -> list[Estimate]:
+    layouts = legal_layouts(model, training, cluster, etp)
+    return [estimate(model, training, layout, cluster) for layout in layouts]
+
+
+def _fitting(found: list[Estimate]) -> list[Estimate]:
+    return sorted((one for one in found if one.fits), key=lambda one: one.rank)
 
 
 def estimate(model: Model, training: Training, layout: Layout, cluster: Cluster) -> Estimate:
