@@ -16,6 +16,11 @@ class KeepsPrecision(torch.nn.Module):
     bits, so what was cast is put back from the tensor it had before.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Written out because deepspeed.zero.Init (0.16) gives a class without a constructor that of
+        # torch.nn.Module, which would not go on to the next base class.
+        super().__init__(*args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = {name: tensor.data for name, tensor in self._own_tensors()}
         super()._apply(fn, recurse)
