@@ -149,8 +149,7 @@ def _check_settings(args: Any, checkpoint_args: Any, where: str, iteration: int)
     if differences and config.profile != stored_config.profile:
         _refuse_difference("--fope-profile", config.profile, stored_config.profile, where)
     for field, (value, stored) in differences.items():
-        name = "--rotary-base" if field == "rotary_base" else flag(field)
-        _refuse_difference(name, value, stored, where, _hint(field, value, stored))
+        _refuse_difference(flag(field), value, stored, where, _hint(field, value, stored))
 
 
 def _hint(field: str, value: Any, stored: Any) -> str:

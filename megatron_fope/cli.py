@@ -105,21 +105,17 @@ def _dispatch(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.command in conversion.COMMANDS:
         return conversion.run(arguments.command, arguments)
-    if arguments.command == "prepare-data":
-        return preparation.run(arguments)
-    if arguments.command == "evaluate-perplexity":
-        return evaluation.run(arguments)
-    if arguments.command == "make-recall-data":
-        return recall.run(arguments)
-    if arguments.command == "evaluate-retrieval":
-        return retrieval.run(arguments)
-    if arguments.command == "ladder":
-        return ladder.run(arguments, behind)
-    if arguments.command == "plan":
-        return planning.run(arguments, behind)
-    if arguments.command == "env":
-        return environment.run(arguments)
-    if arguments.command == "bench":
-        return bench.run(arguments)
+    if arguments.command in ("ladder", "plan"):
+        return {"ladder": ladder, "plan": planning}[arguments.command].run(arguments, behind)
+    commands_alone = {
+        "prepare-data": preparation,
+        "make-recall-data": recall,
+        "evaluate-perplexity": evaluation,
+        "evaluate-retrieval": retrieval,
+        "env": environment,
+        "bench": bench,
+    }
+    if arguments.command in commands_alone:
+        return commands_alone[arguments.command].run(arguments)
     parser.print_help()
     return 2

@@ -52,8 +52,8 @@ IMPLEMENTATIONS = ("auto", "torch", "triton")
 
 
 def flag(field: str) -> str:
-    """The flag that sets a field: ``train_length`` -> ``--fope-train-length``."""
-    return "--fope-" + field.replace("_", "-")
+    """The flag that sets a field: ``train_length`` -> ``--fope-train-length``; the base is Megatron's own."""
+    return "--rotary-base" if field == "rotary_base" else "--fope-" + field.replace("_", "-")
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,6 @@ from megatron_fope.positions import local_positions
 from megatron_fope.precision import KeepsPrecision
 from megatron_fope.sharing import representative
 
-ROTATION_PATH = "PyTorch, float32 arithmetic"
-"""Which implementation rotates queries and keys; there is one so far."""
-
 KEEP = object()
 """In place of a coefficient tensor in a state dict: loading it keeps the numbers that the module has."""
 

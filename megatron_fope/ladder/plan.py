@@ -323,10 +323,9 @@ def check_saved(rung: Rung, stored: Any) -> None:
     mine, theirs = fope_config_from_args(rung.args), fope_config_of_checkpoint(stored, rung.args)
     for field, (value, other) in mine.differences(theirs).items():
         if field not in ("learnable", "anneal_iters"):
-            name = "--rotary-base" if field == "rotary_base" else flag(field)
             raise UserError(
-                f"{where} was trained with {name} {other}, the schedule says {value}; give the stage another "
-                "name"
+                f"{where} was trained with {flag(field)} {other}, the schedule says {value}; give the stage "
+                "another name"
             )
 
 
