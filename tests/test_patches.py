@@ -93,10 +93,11 @@ def copy_of(source: Path, target: Path, *files: str) -> Path:
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / file, target / file)
         return target
+    if not (source / "pretrain_gpt.py").is_file():  # next to a wheel's folder there are other packages
+        shutil.copytree(source / "megatron", target / "megatron")
+        return target
     unneeded = shutil.ignore_patterns(".git", "tests", "docs", "images")
-    shutil.copytree(source / "megatron", target / "megatron", ignore=unneeded)
-    for script in source.glob("*.py") if (source / "pretrain_gpt.py").is_file() else ():
-        shutil.copy(script, target)
+    shutil.copytree(source, target, ignore=unneeded, dirs_exist_ok=True)
     return target
 
 
