@@ -269,16 +269,32 @@ def test_fope_of_a_rank(parse: Any) -> None:
 
 
 def test_every_layout_is_one_that_training_accepts(parse: Any) -> None:
-    moe = "--num-experts 8 --moe-router-topk 2"
-    args = parse(LLAMA_8B, moe)
-    cluster = Cluster(64, 80)
+    """Numbers that are no powers of two, so that many layouts do not divide them."""
+    flags = (
+        "--num-experts 8 --moe-router-topk 2 --seq-length 8208 --global-batch-size 480 --num-query-groups 1 "
+        "--ffn-hidden-size 14400"
+    )
+    args = parse(LLAMA_8B, flags)
+    cluster = Cluster(48, 80, gpus_per_node=12)
     layouts = list(legal_layouts(read_model(args), read_training(args), cluster, None))
-    assert len(layouts) > 100 and len(set(layouts)) == len(layouts)
+    assert len(layouts) > 50 and len(set(layouts)) == len(layouts)
     for layout in layouts:
-        given = parse(LLAMA_8B, moe, layout.flags(moe=True))
-        given.world_size = 64
+        given = parse(LLAMA_8B, flags, layout.flags(moe=True))
+        given.world_size = 48
         check_layout(given)
         assert own_layout(given, cluster) == layout
+
+
+def test_mask_of_the_data_loader(parse: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """S x S bytes for every sample, and said."""
+    masked = [word for word in LLAMA_8B if "create-attention-mask" not in word]
+    without, with_it = (
+        plan(parse(flags), Cluster(64, 80)).own.memory.activations for flags in (LLAMA_8B, masked)
+    )
+    assert with_it.inputs - without.inputs == 8192**2 and with_it.kept == without.kept
+    main(["plan", "--gpus", "64", "--gpu", "h100", "--", *masked, "--transformer-impl", "local"])
+    text = capsys.readouterr().out
+    assert "--no-create-attention-mask-in-dataloader" in text and "NOT counted" in text
 
 
 def test_order_and_verdict(parse: Any) -> None:
