@@ -111,6 +111,7 @@ _LONGER = (
     "--bf16 --seq-length 256 --max-position-embeddings 256 --hidden-size 128 --global-batch-size 2 "
     "--no-create-attention-mask-in-dataloader --no-bias-swiglu-fusion --no-bias-gelu-fusion "
 )
+_EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 192"
 _SELECTIVE = _LONGER + "--recompute-granularity selective "
 _GATED = "--swiglu --disable-bias-linear "
 KEEPING = {
@@ -118,10 +119,7 @@ KEEPING = {
     "norms recomputed": (1, _SELECTIVE + "--recompute-modules core_attn layernorm"),
     "gated": (1, _SELECTIVE + _GATED),
     "gated, TP": (2, _SELECTIVE + _GATED + "--tensor-model-parallel-size 2 --sequence-parallel"),
-    "experts": (
-        1,
-        _SELECTIVE + _GATED + "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 192",
-    ),
+    "experts": (1, _SELECTIVE + _GATED + _EXPERTS),
     "layers recomputed": (
         1,
         _LONGER + "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
@@ -288,9 +286,8 @@ def test_every_layout_is_one_that_training_accepts(parse: Any) -> None:
 def test_mask_of_the_data_loader(parse: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """S x S bytes for every sample, and said."""
     masked = [word for word in LLAMA_8B if "create-attention-mask" not in word]
-    without, with_it = (
-        plan(parse(flags), Cluster(64, 80)).own.memory.activations for flags in (LLAMA_8B, masked)
-    )
+    both = [plan(parse(flags), Cluster(64, 80)).own for flags in (LLAMA_8B, masked)]
+    without, with_it = (one.memory.activations for one in both)
     assert with_it.inputs - without.inputs == 8192**2 and with_it.kept == without.kept
     main(["plan", "--gpus", "64", "--gpu", "h100", "--", *masked, "--transformer-impl", "local"])
     text = capsys.readouterr().out
@@ -301,8 +298,7 @@ def test_order_and_verdict(parse: Any) -> None:
     found = plan(parse(LLAMA_70B, "--tensor-model-parallel-size 8 --sequence-parallel"), Cluster(64, 80))
     assert not found.own.fits and found.own.memory.total > found.cluster.usable
     assert found.best and all(one.memory.total <= found.cluster.usable for one in found.best)
-    late = [one.bubble > LONGEST_BUBBLE for one in found.best]
-    assert late == sorted(late)
+    assert (late := [one.bubble > LONGEST_BUBBLE for one in found.best]) == sorted(late)
     for group in (True, False):
         costs = [
             one.communication.cost for one, is_late in zip(found.best, late, strict=True) if is_late == group
@@ -315,7 +311,7 @@ def test_order_and_verdict(parse: Any) -> None:
 def test_what_is_added_when_nothing_fits(parse: Any) -> None:
     plain = [word for word in LLAMA_70B if word != "--use-distributed-optimizer"]
     small = plan(parse(plain, "--num-layers 2"), Cluster(64, 28, gpus_per_node=1))
-    assert small.added == ("--use-distributed-optimizer",) and small.best
+    assert small.added == ("--use-distributed-optimizer",)
     long = parse(plain, "--seq-length 1048576 --global-batch-size 4")
     found = plan(long, Cluster(256, 80))
     assert found.own is None, "no layout is given, and without one 4 sequences are not for 256 ranks"
@@ -423,7 +419,6 @@ assert "torch" not in sys.modules
         ("--num-layers 0", "--num-layers is 0"),
         ("--optimizer sgd", "--optimizer is 'sgd'"),
         ("--use-megatron-fsdp", "--use-megatron-fsdp is given; a plan does not know the memory of"),
-        ("--mtp-num-layers 1", "--mtp-num-layers is given"),
         ("--multi-latent-attention", "--multi-latent-attention is given"),
         ("--cp-comm-type p2p a2a", "--cp-comm-type has 2 values; allowed: 1 or 32"),
         ("--fope-gain -1", "--fope-gain is -1"),
