@@ -298,7 +298,8 @@ def test_order_and_verdict(parse: Any) -> None:
     found = plan(parse(LLAMA_70B, "--tensor-model-parallel-size 8 --sequence-parallel"), Cluster(64, 80))
     assert not found.own.fits and found.own.memory.total > found.cluster.usable
     assert found.best and all(one.memory.total <= found.cluster.usable for one in found.best)
-    assert (late := [one.bubble > LONGEST_BUBBLE for one in found.best]) == sorted(late)
+    late = [one.bubble > LONGEST_BUBBLE for one in found.best]
+    assert late == sorted(late)
     for group in (True, False):
         costs = [
             one.communication.cost for one, is_late in zip(found.best, late, strict=True) if is_late == group
