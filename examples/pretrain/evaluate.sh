@@ -16,10 +16,18 @@ for folder in "${folders[@]}"; do
     common+=(--checkpoint "$folder")
 done
 
-prepare=()
+run() { # COMMAND ...: print it (DRY_RUN=1) or run it
+    if switch DRY_RUN; then
+        printf '%q ' "$@"
+        echo
+    else
+        "$@"
+    fi
+}
+
 if switch MOCK; then # random tokens, and pairs of a key and its value between them
     DATA_PATH=$OUT/mock TASK=recall
-    prepare=(megatron-fope make-recall-data --output-prefix "$DATA_PATH" --overwrite --length 128 --documents 256)
+    run megatron-fope make-recall-data --output-prefix "$DATA_PATH" --overwrite --length 128 --documents 256
 else
     require DATA_PATH "a held-out data set: the prefix of .bin/.idx; prepare-data --holdout-fraction makes one"
     _files_of DATA_PATH "$DATA_PATH"
@@ -28,22 +36,7 @@ common+=(--data-path "$DATA_PATH")
 [[ -z ${LENGTHS:-} ]] || common+=(--lengths "$LENGTHS")
 ! switch CPU || common+=(--cpu)
 
-commands=(prepare perplexity retrieval)
-perplexity=(
-    megatron-fope evaluate-perplexity "${common[@]}"
+run megatron-fope evaluate-perplexity "${common[@]}" \
     --output "$OUT/perplexity.json" --csv "$OUT/perplexity.csv" "$@"
-)
-retrieval=(
-    megatron-fope evaluate-retrieval "${common[@]}" --task "$TASK" --samples "$SAMPLES"
+run megatron-fope evaluate-retrieval "${common[@]}" --task "$TASK" --samples "$SAMPLES" \
     --output "$OUT/retrieval.json" --csv "$OUT/retrieval.csv" "$@"
-)
-for name in "${commands[@]}"; do
-    declare -n command=$name
-    ((${#command[@]})) || continue
-    if switch DRY_RUN; then
-        printf '%q ' "${command[@]}"
-        echo
-    else
-        "${command[@]}"
-    fi
-done
