@@ -27,3 +27,8 @@ def needs_capability(major: int, minor: int) -> pytest.MarkDecorator:
         not GPU or too_old,
         reason=f"needs compute capability {major}.{minor}" if too_old else "no CUDA device is visible",
     )
+
+
+def needs_gpus(count: int) -> pytest.MarkDecorator:
+    """Skip where there are fewer."""
+    return pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} GPUs")

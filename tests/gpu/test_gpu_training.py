@@ -1,4 +1,4 @@
-"""Real training on one GPU: Transformer Engine beside the local layers, FP8, CUDA graphs."""
+"""Training on GPUs: Transformer Engine beside the local layers, FP8, CUDA graphs, context parallelism."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from gpu_kit import needs_capability, needs_gpu, needs_transformer_engine
+from gpu_kit import needs_capability, needs_gpu, needs_gpus, needs_transformer_engine
 from launch import losses, torchrun
 
 ITERATIONS = 30
@@ -27,10 +27,10 @@ FP8 = (*TRANSFORMER_ENGINE, "--fp8-format", "hybrid", "--fp8-recipe")
 GRAPHS = (*TRANSFORMER_ENGINE, "--te-rng-tracker", "--cuda-graph-impl")
 
 
-def train(*flags: str, iterations: int = ITERATIONS) -> tuple[list[float], str]:
+def train(*flags: str, iterations: int = ITERATIONS, gpus: int = 1) -> tuple[list[float], str]:
     """Losses of every iteration, and the log."""
     command = ["-m", "megatron_fope", "pretrain", *MODEL, "--train-iters", str(iterations), *flags]
-    done = torchrun(1, command, env={"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, timeout=600)
+    done = torchrun(gpus, command, env={"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:]
     return losses(done.stdout), done.stdout
 
@@ -43,9 +43,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def continued(start: Path, *flags: str) -> list[float]:
+def continued(start: Path, *flags: str, gpus: int = 1) -> list[float]:
     """Losses of a run from the common start; it prints that FoPE's layers are there."""
-    values, log = train("--load", str(start), "--finetune", "--exit-on-missing-checkpoint", *flags)
+    load = ("--load", str(start), "--finetune", "--exit-on-missing-checkpoint")
+    values, log = train(*load, *flags, gpus=gpus)
     assert "> FoPE: 4 attention layers: decoder 1-4" in log
     assert len(values) == ITERATIONS
     return values
@@ -96,6 +97,14 @@ def test_cuda_graphs_train_like_eager(start: Path, kind: str) -> None:
     assert distance(graphs, eager) < 2e-3
 
 
+@needs_transformer_engine
+@needs_gpus(2)
+@pytest.mark.parametrize("kind", ["p2p", "a2a", "all_gather"])
+def test_context_parallelism_of_transformer_engine(start: Path, local: list[float], kind: str) -> None:
+    flags = (*TRANSFORMER_ENGINE, "--context-parallel-size", "2", "--cp-comm-type", kind)
+    assert distance(continued(start, *flags, gpus=2), local) < 5e-3
+
+
 def test_megatron_knows_all_flags() -> None:
     """Also without a GPU: these runs have not gone out of date."""
     from megatron.training.arguments import add_megatron_arguments
@@ -103,7 +112,19 @@ def test_megatron_knows_all_flags() -> None:
     from megatron_fope import add_fope_arguments
 
     parser = add_fope_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    flags = [*MODEL, "--attention-backend", "fused", *FP8, "delayed", *GRAPHS, "local", "--train-iters", "1"]
+    flags = [
+        *MODEL,
+        "--attention-backend",
+        "fused",
+        "--cp-comm-type",
+        "a2a",
+        *FP8,
+        "delayed",
+        *GRAPHS,
+        "local",
+        "--train-iters",
+        "1",
+    ]
     args, unknown = parser.parse_known_args(flags)
     assert not unknown
     assert args.position_embedding_type == "fope"
