@@ -11,7 +11,7 @@ export PYTHON TORCH_INDEX_URL VENV
 help:
 	@echo "make demo   train a RoPE and a FoPE twin, evaluate both up to 16x the training length"
 	@echo "            DEMO_ITERS=1000 DEMO_OUT=out/demo"
-	@echo "make extend  nine ways to a four times longer context, compared (an hour on 2 cores)"
+	@echo "make extend  ways to a four times longer context, compared (an hour on 2 cores)"
 	@echo "make test   the whole test suite"
 	@echo "make layouts  real training in 77 parallel layouts, each against one rank (half an hour)"
 	@echo "make reshard  every layout's checkpoint loaded by every other (half an hour)"
@@ -30,7 +30,8 @@ demo: setup
 	@$(BIN)/python examples/demo/run.py
 
 extend: setup
-	@$(BIN)/python examples/extend/run.py
+	@$(BIN)/python examples/extend/run.py starts
+	@$(BIN)/python examples/extend/run.py growth
 
 test: setup
 	@$(BIN)/python -m pytest

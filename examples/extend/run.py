@@ -1,8 +1,12 @@
 """Ways from a trained model to a four times longer context, compared: ``make extend``.
 
-Trains a RoPE and a FoPE model at a short length on source code and a recall task, continues them at four
-times that length in nine ways with the same tokens, and evaluates everything at 1 to 16 times the short
-length: loss, perplexity on held-out source, and how many answers are found. Needs no GPU and no download.
+    python examples/extend/run.py {starts,growth}
+
+``starts`` trains a RoPE and a FoPE model at a short length on source code and a recall task, and continues
+them at four times that length in nine ways with the same tokens. ``growth`` does so for FoPE with a smaller
+base: more frequencies are kept than there are outputs, and the rules of growth differ. Everything is
+evaluated at 1 to 16 times the short length: loss, perplexity on held-out source, and how many answers are
+found. Needs no GPU and no download.
 
 Environment variables:
     EXTEND_LENGTH      length of the first training in tokens (default 128)
@@ -45,7 +49,9 @@ ITERS = int(os.environ.get("EXTEND_ITERS", "800"))
 MORE_ITERS = int(os.environ.get("EXTEND_MORE_ITERS", "200"))
 SEEDS = [int(seed) for seed in os.environ.get("EXTEND_SEEDS", "1234,4321").split(",")]
 JOBS = int(os.environ.get("EXTEND_JOBS", os.cpu_count() or 1))
-OUT = Path(os.environ.get("EXTEND_OUT", "out/extend"))
+STUDIES = ("starts", "growth")
+STUDY = sys.argv[1] if sys.argv[1:] else "starts"
+OUT = Path(os.environ.get("EXTEND_OUT", "out/extend")) / STUDY
 CPU = os.environ.get("EXTEND_GPU") != "1"
 
 FACTOR = 4
@@ -84,13 +90,13 @@ class Way:
 
 START = "--position-embedding-type fope --fope-start-from-rope"
 GROW = "--position-embedding-type fope --fope-grow --fope-growth"
-WAYS = (
+FROM_ROPE = (
     Way("rope", "RoPE", "rope", "--position-embedding-type rope"),
     Way(
         "yarn",
         "RoPE + YaRN",
         "rope",
-        # A Fourier series of one term without a floor is RoPE; tests/test_growth.py holds us to it.
+        # A Fourier series of one term without a floor is RoPE; tests/test_functional.py holds us to it.
         f"{START} --fope-init identity --fope-square --no-fope-clip --fope-padding 0,1 --fope-scaling yarn "
         f"--fope-scaling-factor {FACTOR} --fope-original-length {LENGTH} "
         f"--fope-attention-scaling {0.1 * math.log(FACTOR) + 1:.6f}",
@@ -103,6 +109,8 @@ WAYS = (
         f"{START} function-preserving --fope-anneal-iters {max(1, MORE_ITERS // 2)}",
     ),
     Way("clip-only", "RoPE, clip-only", "rope", f"{START} clip-only"),
+)
+FROM_FOPE = (
     Way("aligned", "FoPE, grown: aligned", "fope", f"{GROW} aligned"),
     Way("upstream", "FoPE, grown: upstream", "fope", f"{GROW} upstream"),
     Way("upstream-zeros", "FoPE, grown: upstream-zeros", "fope", f"{GROW} upstream-zeros"),
@@ -110,7 +118,13 @@ WAYS = (
         "not-grown", "FoPE, not grown", "fope", f"--position-embedding-type fope --fope-train-length {LENGTH}"
     ),
 )
-BASES = {"rope": f"RoPE at {LENGTH} only", "fope": f"FoPE at {LENGTH} only"}
+WAYS = FROM_FOPE if STUDY == "growth" else FROM_ROPE + FROM_FOPE
+BASES = {kind: f"{kind[0].upper()}oPE at {LENGTH} only" for kind in ("rope", "fope")}
+if STUDY == "growth":
+    del BASES["rope"]
+    # 14 frequencies and outputs at 128 tokens become 21 and 16 at 512, with heads of 64 channels.
+    MODEL += ["--rotary-base", "1000"]
+LABELS = {f"base-{base}": label for base, label in BASES.items()} | {way.name: way.label for way in WAYS}
 
 
 @dataclass(frozen=True)
@@ -127,22 +141,27 @@ class Data:
 
 def main() -> None:
     """Run the steps; each prints what it does."""
+    if STUDY not in STUDIES:
+        raise SystemExit(f"extend: error: the study is {STUDY!r}; allowed: {', '.join(STUDIES)}")
     start = time.time()
     OUT.mkdir(parents=True, exist_ok=True)
     step(f"1/4  data: the Python standard library's source as bytes, recall at {LENGTH} and {LONG} tokens")
     data = prepare()
     report: dict[str, Any] = {
         "command": "make extend",
+        "study": STUDY,
         "train_length": LENGTH,
         "continued_length": LONG,
         "tokens": {"first": ITERS * TOKENS_PER_ITER, "continued": MORE_ITERS * TOKENS_PER_ITER},
         "seeds": SEEDS,
         "prompts": len(DEPTHS) * SAMPLES,
-        "labels": BASES_AND_WAYS,
+        "labels": LABELS,
         "flags": {way.name: way.flags for way in WAYS},
     }
     with ThreadPoolExecutor(JOBS) as pool:
-        step(f"2/4  training at {LENGTH} tokens: RoPE and FoPE, {len(SEEDS)} seeds, {ITERS} iterations")
+        step(
+            f"2/4  training at {LENGTH} tokens: {' and '.join(BASES)}, {len(SEEDS)} seeds, {ITERS} iterations"
+        )
         firsts = [(base, seed) for seed in SEEDS for base in BASES]
         first_losses = list(pool.map(lambda one: train_base(*one, data), firsts))
         step(f"3/4  continuing at {LONG} tokens: {len(WAYS)} ways, {MORE_ITERS} iterations")
@@ -161,14 +180,9 @@ def main() -> None:
     torch.set_num_threads(1)
     report |= facts(torch.device("cpu" if CPU else "cuda"))
     report |= {"jobs": JOBS, "minutes": round((time.time() - start) / 60, 1)}
-    (OUT / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (OUT / "report.json").write_text(json.dumps(report) + "\n")
     text = write_up.write(report, OUT)
     print(f"\n{text}\n{OUT}/report.json, results.md and three pictures  ({report['minutes']} minutes)")
-
-
-BASES_AND_WAYS = {f"base-{base}": label for base, label in BASES.items()} | {
-    way.name: way.label for way in WAYS
-}
 
 
 def step(text: str) -> None:

@@ -101,8 +101,11 @@ def _draw(report: dict[str, Any], lengths: list[int], out: Path) -> None:
         "loss": ("training loss, mean of 10 iterations", _smoothed),
     }
     for quantity, (label, values) in quantities.items():
-        figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.2), dpi=120, layout="constrained", sharey=True)
-        for axes, (title, names) in zip(panels, _GROUPS.items(), strict=True):
+        groups = {title: names for title, names in _GROUPS.items() if names[0] in report["labels"]}
+        size = {"figsize": (6 * len(groups), 4.2), "dpi": 120, "layout": "constrained"}
+        figure, grid = pyplot.subplots(1, len(groups), sharey=True, squeeze=False, **size)
+        panels = grid[0]
+        for axes, (title, names) in zip(panels, groups.items(), strict=True):
             for name, color, marker in zip(names, _COLORS, _MARKERS, strict=False):
                 ys = [
                     mean(v)
