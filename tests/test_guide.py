@@ -12,7 +12,7 @@ import pytest
 from launch import ROOT
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("examples/**/*.md")), *sorted(ROOT.glob("patches/**/*.md"))]
-_BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]+) -->\n)?```(?:bash|sh|console)\n(?P<commands>.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"(?:<!-- (?P<mark>.+) -->\n)?```(?:bash|sh|console)\n(?P<commands>[\s\S]*?)```")
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
