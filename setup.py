@@ -10,11 +10,11 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_fope" / "__init__
 
 EXTRAS = {
     "demo": ["matplotlib>=3.8", "tensorboard>=2.16"],
-    "hf": ["tokenizers>=0.19", "transformers>=4.44"],
+    "hf": ["tokenizers>=0.19", "transformers>=4.56,<6", "safetensors>=0.4"],
     "deepspeed": ["deepspeed>=0.16.9,<0.20"],
     "te": ["transformer-engine[pytorch]>=2.0"],
 }
-EXTRAS["dev"] = [*EXTRAS["demo"], *EXTRAS["deepspeed"], "tokenizers>=0.19", "pytest>=8", "ruff>=0.6"]
+EXTRAS["dev"] = [*EXTRAS["demo"], *EXTRAS["deepspeed"], *EXTRAS["hf"], "pytest>=8", "ruff>=0.6"]
 
 setup(
     name="megatron-fope",
