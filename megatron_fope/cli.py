@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 from megatron_fope import __version__
 from megatron_fope.errors import UserError, exit_on_user_error
@@ -27,6 +31,46 @@ _DESCRIPTION = """\
 Training runs one process per rank: torchrun --nproc-per-node N -m megatron_fope ...
 Switch FoPE on with --position-embedding-type fope; `megatron-fope pretrain --help` lists the --fope-* flags.
 """
+
+
+@dataclass(frozen=True)
+class Command:
+    """One of :data:`COMMANDS`; its module is imported when the command is asked for."""
+
+    module: str
+    """Below ``megatron_fope``."""
+    help: str
+    add: str = "add_arguments"
+    """The module's function that adds the flags to a parser."""
+    run: str = "run"
+    """The module's function that takes the arguments and returns the exit code."""
+    takes_words: bool = False
+    """``run`` also takes the words behind ``--``, Megatron's flags."""
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """A function of the module."""
+        return getattr(import_module(f"megatron_fope.{self.module}"), name)
+
+
+_CONVERSION = "conversion.command"
+COMMANDS = {
+    "prepare-data": Command("data.command", "text to Megatron's .bin/.idx"),
+    "make-recall-data": Command("data.recall_command", "associative recall to train on"),
+    "evaluate-perplexity": Command("evaluation.command", "perplexity of checkpoints over context lengths"),
+    "evaluate-retrieval": Command("evaluation.retrieval_command", "what checkpoints find in long contexts"),
+    "convert": Command(
+        _CONVERSION,
+        "RoPE checkpoint to FoPE, FoPE to a longer FoPE, or back, without rewriting the data",
+        add="add_convert",
+        run="run_convert",
+    ),
+    "inspect": Command(_CONVERSION, "what a checkpoint holds", add="add_inspect", run="run_inspect"),
+    "diff": Command(_CONVERSION, "how two checkpoints differ", add="add_diff", run="run_diff"),
+    "ladder": Command("ladder.command", "several context lengths, stage by stage", takes_words=True),
+    "plan": Command("planning.command", "memory of a rank, and layouts that fit", takes_words=True),
+    "env": Command("environment", "versions, GPUs and back ends"),
+    "bench": Command("bench.command", "speed, memory and communication beside RoPE"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,50 +116,17 @@ def _dispatch(argv: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"megatron-fope {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="megatron-fope")
-    from megatron_fope import environment
-    from megatron_fope.bench import command as bench
-    from megatron_fope.conversion import command as conversion
-    from megatron_fope.data import command as preparation
-    from megatron_fope.data import recall_command as recall
-    from megatron_fope.evaluation import command as evaluation
-    from megatron_fope.evaluation import retrieval_command as retrieval
-    from megatron_fope.ladder import command as ladder
-    from megatron_fope.planning import command as planning
-
-    preparation.add_arguments(commands.add_parser("prepare-data", help="text to Megatron's .bin/.idx"))
-    recall.add_arguments(commands.add_parser("make-recall-data", help="associative recall to train on"))
-    evaluation.add_arguments(
-        commands.add_parser("evaluate-perplexity", help="perplexity of checkpoints over context lengths")
-    )
-    retrieval.add_arguments(
-        commands.add_parser("evaluate-retrieval", help="what checkpoints find in long contexts")
-    )
-    ladder.add_arguments(commands.add_parser("ladder", help="several context lengths, stage by stage"))
-    planning.add_arguments(commands.add_parser("plan", help="memory of a rank, and layouts that fit"))
-    environment.add_arguments(commands.add_parser("env", help="versions, GPUs and back ends"))
-    bench.add_arguments(commands.add_parser("bench", help="speed, memory and communication beside RoPE"))
-    for name, text in conversion.COMMANDS.items():
-        command = commands.add_parser(name, help=text)
-        if name in argv[:1]:  # its flags take an import of torch
-            conversion.add_arguments(name, command)
+    asked = COMMANDS.get(argv[0]) if argv else None
+    for name, one in COMMANDS.items():
+        command = commands.add_parser(name, help=one.help)
+        if one is asked:  # some flags take an import of torch
+            one.function(one.add)(command)
     behind: list[str] = []
     # argparse takes a positional and such words together only
-    if argv[:1] in (["ladder"], ["plan"]) and "--" in argv:
+    if asked and asked.takes_words and "--" in argv:
         argv, behind = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     arguments = parser.parse_args(argv)
-    if arguments.command in conversion.COMMANDS:
-        return conversion.run(arguments.command, arguments)
-    if arguments.command in ("ladder", "plan"):
-        return {"ladder": ladder, "plan": planning}[arguments.command].run(arguments, behind)
-    commands_alone = {
-        "prepare-data": preparation,
-        "make-recall-data": recall,
-        "evaluate-perplexity": evaluation,
-        "evaluate-retrieval": retrieval,
-        "env": environment,
-        "bench": bench,
-    }
-    if arguments.command in commands_alone:
-        return commands_alone[arguments.command].run(arguments)
-    parser.print_help()
-    return 2
+    if asked is None:
+        parser.print_help()
+        return 2
+    return asked.function(asked.run)(arguments, *([behind] if asked.takes_words else []))

@@ -7,31 +7,9 @@ import json
 
 from megatron_fope.errors import UserError, exit_on_user_error
 
-COMMANDS = {
-    "convert": "RoPE checkpoint to FoPE, FoPE to a longer FoPE, or back, without rewriting the data",
-    "inspect": "what a checkpoint holds",
-    "diff": "how two checkpoints differ",
-}
 
-
-def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
-    """Add the flags of one of :data:`COMMANDS` to its parser."""
-    {"convert": _add_convert, "inspect": _add_inspect, "diff": _add_diff}[name](parser)
-
-
-def run(name: str, args: argparse.Namespace) -> int:
-    """Run one of :data:`COMMANDS`.
-
-    Returns:
-        Exit code: 0, or 1 of ``diff`` when something differs.
-
-    Raises:
-        UserError: bad input.
-    """
-    return {"convert": _convert, "inspect": _inspect, "diff": _diff}[name](args)
-
-
-def _add_convert(parser: argparse.ArgumentParser) -> None:
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``convert``."""
     from megatron_fope.arguments import add_fope_arguments
     from megatron_fope.conversion.writing import LINKS
 
@@ -62,7 +40,15 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     add_fope_arguments(parser)
 
 
-def _convert(args: argparse.Namespace) -> int:
+def run_convert(args: argparse.Namespace) -> int:
+    """``convert``.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: bad input.
+    """
     from megatron_fope.arguments import given_fope_arguments
     from megatron_fope.config import flag
     from megatron_fope.conversion.converter import convert
@@ -101,14 +87,16 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_inspect(parser: argparse.ArgumentParser) -> None:
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``inspect``."""
     parser.description = "What a checkpoint holds, from its tables, arguments and file sizes."
     parser.add_argument("folder", metavar="FOLDER", help="folder made by Megatron's --save")
     _add_iteration(parser, "--iteration", "FOLDER")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _inspect(args: argparse.Namespace) -> int:
+def run_inspect(args: argparse.Namespace) -> int:
+    """``inspect``; raises as :func:`run_convert`."""
     from megatron_fope.conversion.inspection import inspect
 
     found = inspect(args.folder, iteration=_iteration(args.iteration, "--iteration"))
@@ -116,7 +104,8 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_diff(parser: argparse.ArgumentParser) -> None:
+def add_diff(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``diff``."""
     parser.description = (
         "How two torch_dist checkpoints of one model differ: settings, names, shapes and types of tensors, "
         "and the numbers of the coefficients. Other numbers are not read; data in the same file is said to "
@@ -128,7 +117,12 @@ def _add_diff(parser: argparse.ArgumentParser) -> None:
     _add_iteration(parser, "--iteration-b", "B")
 
 
-def _diff(args: argparse.Namespace) -> int:
+def run_diff(args: argparse.Namespace) -> int:
+    """``diff``; raises as :func:`run_convert`.
+
+    Returns:
+        Exit code: 0, or 1 when something differs.
+    """
     from megatron_fope.conversion.comparison import diff
 
     iterations = _iteration(args.iteration_a, "--iteration-a"), _iteration(args.iteration_b, "--iteration-b")
