@@ -4,6 +4,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 BENCH_OUT ?= out/bench
+KERNEL_TESTS := tests/test_kernels.py tests/test_kernels_host.py tests/test_implementation.py
 export PYTHON TORCH_INDEX_URL VENV
 
 .PHONY: help setup demo extend test layouts reshard bench bench-gpu test-gpu upstream-tests lint clean
@@ -47,11 +48,11 @@ bench: setup
 	@$(BIN)/megatron-fope bench communication --out $(BENCH_OUT)
 
 bench-gpu: setup
-	@$(BIN)/python -m pytest -q tests/test_kernels.py tests/test_kernels_host.py tests/test_implementation.py
+	@$(BIN)/python -m pytest -q $(KERNEL_TESTS)
 	@$(BIN)/megatron-fope bench all --device cuda --out $(BENCH_OUT)
 
 test-gpu: setup
-	@$(BIN)/python -m pytest -q -rs tests/gpu tests/test_kernels.py tests/test_kernels_host.py tests/test_implementation.py
+	@$(BIN)/python -m pytest -q -rs tests/gpu $(KERNEL_TESTS)
 
 upstream-tests: setup
 	@test -n "$(MEGATRON_LM)" || { echo "upstream-tests: error: MEGATRON_LM is not set; give a Megatron-LM checkout" >&2; exit 2; }

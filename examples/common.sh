@@ -53,6 +53,15 @@ flag_value() { # FLAG WORD ...: what follows the last FLAG among the words, or n
     echo "$found"
 }
 
+run() { # COMMAND ...: print it (DRY_RUN=1) or run it
+    if switch DRY_RUN; then
+        printf '%q ' "$@"
+        echo
+    else
+        "$@"
+    fi
+}
+
 CONTINUED=()
 continue_checkpoint() { # sets CONTINUED: begin with the weights of CHECKPOINT; call it before defaults
     if [[ -z ${CHECKPOINT:-} ]]; then
@@ -223,7 +232,7 @@ start() { # FLAG ...: check everything, then print the command (DRY_RUN=1) or ru
         --adam-beta2 0.95
         --clip-grad 1.0
     )
-    local run=(
+    local files=(
         --load "$OUT/checkpoints"
         --save "$OUT/checkpoints"
         --save-interval "$SAVE_INTERVAL"
@@ -233,15 +242,14 @@ start() { # FLAG ...: check everything, then print the command (DRY_RUN=1) or ru
         --eval-interval 1000
         --eval-iters "${EVAL_ITERS:-10}"
     )
-    [[ -z ${EXIT_MINUTES:-} ]] || run+=(--exit-duration-in-mins "$EXIT_MINUTES")
-    ! switch SAVE_ON_TERM || run+=(--exit-signal-handler)
+    [[ -z ${EXIT_MINUTES:-} ]] || files+=(--exit-duration-in-mins "$EXIT_MINUTES")
+    ! switch SAVE_ON_TERM || files+=(--exit-signal-handler)
     local command=(
         "${LAUNCHER[@]}" "${MODEL[@]}" "${LAYOUT[@]}" "${POSITION_FLAGS[@]}" "${CONTINUED[@]}" "${training[@]}"
-        "${DATA[@]}" "${run[@]}" "$@"
+        "${DATA[@]}" "${files[@]}" "$@"
     )
     if switch DRY_RUN; then
-        printf '%q ' "${command[@]}"
-        echo
+        run "${command[@]}"
         return
     fi
     _gpus_of_this_machine

@@ -269,7 +269,7 @@ def evaluate(name: str, seed: int, data: Data) -> dict[str, Any]:
     found = evaluate_retrieval(checkpoints, data.recall[LENGTH], depths=DEPTHS, samples=SAMPLES, **common)
     print(f"     {name} (seed {seed}) evaluated", flush=True)
     return {
-        "perplexity": {row["length"]: row["perplexity"] for row in text["checkpoints"][name]["results"]},
+        "perplexity": {str(row["length"]): row["perplexity"] for row in text["checkpoints"][name]["results"]},
         "recall": [
             {key: row[key] for key in ("length", "depth", "accuracy")}
             for row in found["checkpoints"][name]["results"]

@@ -28,7 +28,7 @@ def write(report: dict[str, Any], out: Path) -> str:
     Returns:
         The table.
     """
-    lengths = [2**i * report["train_length"] for i in range(5)]
+    lengths = [int(length) for length in report["models"][0]["perplexity"]]
     text = "\n".join(
         [
             f"`{report['command']}`: {report['machine']} ({report['jobs']} runs at a time), torch "
@@ -72,7 +72,7 @@ def _loss_and_perplexity(lengths: list[int]) -> Any:
     return lambda model: [
         model["loss"][0],
         mean(model["loss"][-_LAST:]),
-        *(_at(model["perplexity"], length) for length in lengths),
+        *(model["perplexity"][str(length)] for length in lengths),
     ]
 
 
@@ -85,10 +85,6 @@ def accuracy(model: dict[str, Any], length: int) -> float:
     return 100 * mean(row["accuracy"] for row in model["recall"] if row["length"] == length)
 
 
-def _at(values: dict[Any, float], length: int) -> float:
-    return values[length] if length in values else values[str(length)]
-
-
 def _draw(report: dict[str, Any], lengths: list[int], out: Path) -> None:
     import matplotlib
 
@@ -96,7 +92,7 @@ def _draw(report: dict[str, Any], lengths: list[int], out: Path) -> None:
     from matplotlib import pyplot
 
     quantities = {
-        "perplexity": ("perplexity per byte", lambda m: [_at(m["perplexity"], n) for n in lengths]),
+        "perplexity": ("perplexity per byte", lambda m: [m["perplexity"][str(n)] for n in lengths]),
         "recall": ("answers found, %", lambda m: [accuracy(m, n) for n in lengths]),
         "loss": ("training loss, mean of 10 iterations", _smoothed),
     }

@@ -16,15 +16,6 @@ for folder in "${folders[@]}"; do
     common+=(--checkpoint "$folder")
 done
 
-run() { # COMMAND ...: print it (DRY_RUN=1) or run it
-    if switch DRY_RUN; then
-        printf '%q ' "$@"
-        echo
-    else
-        "$@"
-    fi
-}
-
 if switch MOCK; then # random tokens, and pairs of a key and its value between them
     DATA_PATH=$OUT/mock TASK=recall
     run megatron-fope make-recall-data --output-prefix "$DATA_PATH" --overwrite --length 128 --documents 256
