@@ -238,6 +238,15 @@ def head_dim_of(args: Any) -> int | None:
     return None
 
 
+def num_kv_heads_of(args: Any) -> int | None:
+    """Heads of keys and values; None while the model's size is not known.
+
+    Megatron leaves ``num_query_groups`` at 1 without ``--group-query-attention`` and ignores it.
+    """
+    grouped = getattr(args, "group_query_attention", False)
+    return getattr(args, "num_query_groups" if grouped else "num_attention_heads", None)
+
+
 def check_command_line(argv: list[str]) -> None:
     """Refuse RoPE's fused kernels by name.
 
@@ -348,8 +357,12 @@ def _check_attention(args: Any) -> None:
             )
 
 
-def check_layout(args: Any) -> None:
+def check_layout(args: Any, world_name: str = "WORLD_SIZE") -> None:
     """Refuse a parallel layout into which the model, the batch or the number of processes does not divide.
+
+    Args:
+        args: Megatron's arguments.
+        world_name: what the message calls the number of ranks.
 
     Raises:
         UserError: naming the flag.
@@ -369,10 +382,10 @@ def check_layout(args: Any) -> None:
     if world % model:
         raise UserError(
             f"--tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {pipeline} x "
-            f"--context-parallel-size {context} takes {model} ranks, but WORLD_SIZE is {world}"
+            f"--context-parallel-size {context} takes {model} ranks, but {world_name} is {world}"
         )
     heads = args.num_attention_heads or tensor
-    groups = args.num_query_groups if getattr(args, "group_query_attention", False) else heads
+    groups = num_kv_heads_of(args) or heads
     require(
         heads % tensor == 0, "tensor_model_parallel_size", f"a divisor of the {heads} --num-attention-heads"
     )

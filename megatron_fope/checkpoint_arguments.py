@@ -13,6 +13,7 @@ from megatron_fope.arguments import (
     fope_config_from_args,
     fope_config_of_checkpoint,
     given_fope_arguments,
+    num_kv_heads_of,
 )
 from megatron_fope.checkpoint_starts import (
     check_outgrown,
@@ -105,7 +106,7 @@ def check_against_checkpoint(
         (text, getattr(args, name, None), getattr(checkpoint_args, name, None))
         for name, text in shapes.items()
     ]
-    values.append(("--num-query-groups", _num_kv_heads(args), _num_kv_heads(checkpoint_args)))
+    values.append(("--num-query-groups", num_kv_heads_of(args), num_kv_heads_of(checkpoint_args)))
     for text, value, stored in values:
         if value is not None and stored is not None and value != stored:
             _refuse_difference(text, value, stored, where)
@@ -158,12 +159,6 @@ def _hint(field: str, value: Any, stored: Any) -> str:
     if field == "train_length" and value > stored:
         return f"; {GROW} grows the coefficients"
     return ""
-
-
-def _num_kv_heads(args: Any) -> int | None:
-    """Megatron leaves ``num_query_groups`` at 1 without ``--group-query-attention`` and ignores it."""
-    grouped = getattr(args, "group_query_attention", False)
-    return getattr(args, "num_query_groups" if grouped else "num_attention_heads", None)
 
 
 def _refuse_difference(name: str, value: Any, stored: Any, where: str, hint: str = "") -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -14,6 +16,14 @@ class UserError(ValueError):
     Library users see an ordinary ``ValueError``; the commands turn it into that one line on standard
     error and exit code 2, without a stack trace (see :func:`exit_on_user_error`).
     """
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose mistakes are a :class:`UserError` instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
+        raise UserError(message)
 
 
 @contextmanager

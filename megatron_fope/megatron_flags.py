@@ -6,18 +6,10 @@ import argparse
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
 
 from megatron_fope import compat
 from megatron_fope.arguments import add_fope_arguments
-from megatron_fope.errors import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    """A mistake is one line and not Megatron's whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+from megatron_fope.errors import OneLineParser
 
 
 def megatron_parser(prog: str) -> argparse.ArgumentParser:
@@ -37,7 +29,7 @@ def megatron_parser(prog: str) -> argparse.ArgumentParser:
             compat.require_supported_megatron()
             from megatron.training import arguments
 
-            parser = _Parser(prog=prog, allow_abbrev=False)
+            parser = OneLineParser(prog=prog, allow_abbrev=False)
             arguments.add_megatron_arguments(parser)
         finally:
             logging.disable(disabled)

@@ -13,13 +13,13 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from megatron_fope import FoPEConfig, UserError
 from megatron_fope.config import PROFILES
-from megatron_fope.errors import exit_on_user_error
+from megatron_fope.errors import OneLineParser, exit_on_user_error
 
 VOCABULARY = 128
 
@@ -39,21 +39,13 @@ def main() -> None:
 # The command line ---------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """Mistakes become one line, which only rank 0 prints."""
-
-    def error(self, message: str) -> NoReturn:
-        """Called by argparse."""
-        raise UserError(message)
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, or ``argv``.
 
     Raises:
         UserError: numbers that cannot be divided among ranks or heads, or do not go together.
     """
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--position", choices=("rope", "fope"), default="fope", help="position embedding")
     add("--fope-profile", choices=tuple(PROFILES), default="paper", help="published variant")

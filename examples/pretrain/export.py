@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_fope import UserError
 from megatron_fope.anneal import is_annealed
-from megatron_fope.arguments import fope_config_of_checkpoint
+from megatron_fope.arguments import fope_config_of_checkpoint, num_kv_heads_of
 from megatron_fope.conversion.source import Checkpoint, is_optimizer, open_checkpoint
 from megatron_fope.errors import exit_on_user_error
 
@@ -207,7 +207,6 @@ def _llama(source: Checkpoint) -> dict[str, Any]:
     embedding = source.tensors.get("embedding.word_embeddings.weight")
     if embedding is None:
         raise UserError(f"CHECKPOINT is {str(source.folder)!r}: it has no embedding.word_embeddings.weight")
-    grouped = getattr(args, "group_query_attention", False)
     epsilon = getattr(args, "layernorm_epsilon", None) or args.norm_epsilon
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -218,7 +217,7 @@ def _llama(source: Checkpoint) -> dict[str, Any]:
         "intermediate_size": args.ffn_hidden_size,
         "num_hidden_layers": args.num_layers,
         "num_attention_heads": args.num_attention_heads,
-        "num_key_value_heads": args.num_query_groups if grouped else args.num_attention_heads,
+        "num_key_value_heads": num_kv_heads_of(args),
         "head_dim": args.kv_channels,
         "hidden_act": "silu",
         "max_position_embeddings": args.max_position_embeddings,

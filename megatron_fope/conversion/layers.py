@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_fope.arguments import head_dim_of, num_kv_heads_of
 from megatron_fope.config import FoPEConfig
 from megatron_fope.conversion.source import Checkpoint, is_optimizer
 from megatron_fope.errors import UserError
@@ -74,10 +75,8 @@ class Part:
 def geometry(args: Any) -> Geometry:
     """The sizes of a checkpoint's model from its arguments."""
     if getattr(args, "multi_latent_attention", False):
-        return Geometry(args.qk_pos_emb_head_dim, 1)
-    head_dim = getattr(args, "kv_channels", None) or args.hidden_size // args.num_attention_heads
-    grouped = getattr(args, "group_query_attention", False)
-    return Geometry(head_dim, args.num_query_groups if grouped else args.num_attention_heads)
+        return Geometry(head_dim_of(args), 1)
+    return Geometry(head_dim_of(args), num_kv_heads_of(args))
 
 
 def attention_layers(checkpoint: Checkpoint) -> list[AttentionLayers]:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fope.arguments import FOPE, fope_config_from_args, head_dim_of
+from megatron_fope.arguments import FOPE, fope_config_from_args, head_dim_of, num_kv_heads_of
 from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError
 
@@ -169,7 +169,7 @@ def read_model(args: Any) -> Model:
         ffn=ffn,
         gated=bool(args.swiglu),
         heads=heads,
-        groups=args.num_query_groups if args.group_query_attention else heads,
+        groups=num_kv_heads_of(args),
         head_dim=head_dim_of(args),
         vocabulary=args.vocab_size,
         vocabulary_multiple=args.make_vocab_size_divisible_by,
@@ -190,7 +190,11 @@ def read_model(args: Any) -> Model:
 
 
 def read_training(args: Any) -> Training:
-    """What Megatron's arguments say of a step; ``args`` as for :func:`read_model`."""
+    """What Megatron's arguments say of a step; ``args`` as for :func:`read_model`, which checks most of them.
+
+    Raises:
+        UserError: ``--cp-comm-type`` has another number of values than there are layers.
+    """
     half = args.bf16 or args.fp16
     gradient, main, adam, copy = 4, 4 if half else 0, 8, 0
     if args.bf16 and getattr(args, "grad_reduce_in_bf16", False):
@@ -207,8 +211,6 @@ def read_training(args: Any) -> Training:
     granularity = args.recompute_granularity
     if getattr(args, "recompute_activations", False):
         granularity = "selective"
-    kinds = getattr(args, "cp_comm_type", None) or ["p2p"]
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     backend = getattr(args.attention_backend, "name", args.attention_backend)
     return Training(
         seq_length=args.seq_length,
@@ -232,7 +234,7 @@ def read_training(args: Any) -> Training:
         and getattr(args, "cross_entropy_fusion_impl", "native") == "te",
         mask=bool(getattr(args, "create_attention_mask_in_dataloader", True)),
         flash=args.transformer_impl != "local" and backend not in ("unfused", "local"),
-        cp_comm_types=tuple(kinds if len(kinds) > 1 else kinds * args.num_layers),
+        cp_comm_types=_cp_comm_types(args),
         hierarchical=tuple(getattr(args, "hierarchical_context_parallel_sizes", None) or ()),
     )
 
@@ -268,9 +270,15 @@ def _check(args: Any) -> None:
             f"--num-query-groups is {args.num_query_groups}; allowed: a divisor of the "
             f"{args.num_attention_heads} --num-attention-heads"
         )
+
+
+def _cp_comm_types(args: Any) -> tuple[str, ...]:
+    """How context parallelism exchanges, layer by layer."""
     kinds = getattr(args, "cp_comm_type", None) or ["p2p"]
-    if not isinstance(kinds, str) and len(kinds) not in (1, args.num_layers):
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if len(kinds) not in (1, args.num_layers):
         raise UserError(f"--cp-comm-type has {len(kinds)} values; allowed: 1 or {args.num_layers}")
+    return tuple(kinds if len(kinds) > 1 else kinds * args.num_layers)
 
 
 def _moe_layers(args: Any) -> tuple[bool, ...]:

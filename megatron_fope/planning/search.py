@@ -224,12 +224,11 @@ def _own(args: Any, model: Model, training: Training, cluster: Cluster) -> Estim
     checked.world_size = cluster.gpus
     layout = own_layout(args, cluster)
     try:
-        check_layout(checked)
-    except UserError as error:
+        check_layout(checked, world_name="--gpus")
+    except UserError:
         if (layout.tp, layout.pp, layout.cp, layout.ep) == (1, 1, 1, 1):
             return None  # no layout is given: one is looked for
-        # The rank count of a launch is named otherwise than that of a plan.
-        raise UserError(str(error).replace("WORLD_SIZE is", "--gpus is")) from None
+        raise
     if not divides(model, training, layout):
         raise UserError(
             f"{layout} does not divide the model; allowed: TP a divisor of heads, MLP widths and the tokens "

@@ -33,7 +33,7 @@ def parameters(model: Model, layout: Layout, stage: int) -> Parameters:
     """
     tp, hidden, norm = layout.tp, model.hidden, model.norm
     first, last = stage == 0, stage == layout.pp - 1
-    moe = _experts_of_stage(model, layout, stage)
+    moe = sum(model.moe[layer] for layer in layers_of_stage(model, layout, stage))
     layers = model.layers // layout.pp
     dense = layers * (_attention(model, tp) + 2 * norm * hidden)
     dense += (layers - moe) * _mlp(model, model.ffn, tp)
@@ -105,11 +105,6 @@ def _mlp(model: Model, width: int, tp: int) -> int:
     if model.bias:
         count += model.gate * width // tp + model.hidden
     return count
-
-
-def _experts_of_stage(model: Model, layout: Layout, stage: int) -> int:
-    """Layers of a stage that are mixtures of experts."""
-    return sum(model.moe[layer] for layer in layers_of_stage(model, layout, stage))
 
 
 def layers_of_stage(model: Model, layout: Layout, stage: int) -> list[int]:
