@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from example_scripts import site
 from forks import Launcher
 from trainer import Trainer
 
@@ -20,3 +21,9 @@ def launcher() -> Iterator[Launcher]:
 def trainer(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Trainer:
     """Trains the tiny model on prepared text."""
     return Trainer(tmp_path_factory.mktemp("runs"), launcher)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables of a site; in CHECKPOINT, Megatron sees a checkpoint until it loads it."""
+    return site(tmp_path_factory.mktemp("site"))

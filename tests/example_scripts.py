@@ -1,4 +1,4 @@
-"""Running the launch scripts of ``examples/``, and what Megatron's parser says to the commands they print."""
+"""The programs of ``examples/``: loaded as modules, run; what Megatron's parser says to their commands."""
 
 from __future__ import annotations
 
@@ -7,12 +7,29 @@ import os
 import shlex
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 from launch import ROOT
 
 EXAMPLES = ROOT / "examples"
+
+
+def load(name: str, *argv: str) -> ModuleType:
+    """A Python program as a module, named relative to ``examples/``, as if called with these arguments."""
+    path = EXAMPLES / name
+    spec = spec_from_file_location("example_" + name.removesuffix(".py").replace("/", "_"), path)
+    module = module_from_spec(spec)
+    with (
+        patch.object(sys, "argv", [str(path), *argv]),
+        patch.object(sys, "path", [str(path.parent), *sys.path]),
+        patch.dict(sys.modules, {spec.name: module}),  # dataclasses look there
+    ):
+        spec.loader.exec_module(module)
+    return module
 
 
 def site(folder: Path) -> dict[str, str]:

@@ -22,7 +22,18 @@ TINY_MODEL = shlex.split(
 )
 """Flags of a model that trains in a second and whose losses do not depend on the parallel layout."""
 
+LATENT = shlex.split(
+    "--multi-latent-attention --rope-type rope --q-lora-rank 32 --kv-lora-rank 32 --qk-head-dim 16 "
+    "--qk-pos-emb-head-dim 16 --v-head-dim 16 --num-query-groups 4"
+)
+"""Multi-latent attention for the tiny model; it has no groups: leave ``--group-query-attention`` out."""
+
 _LOSS = re.compile(r"iteration +\d+/.*?\| lm loss: ([-+.\dEe]+|nan)")
+
+
+def prepared_release(name: str) -> Path:
+    """The folder in which ``.ci/setup-env`` puts ``megatron`` of a release besides the installed one."""
+    return Path(sys.prefix) / "megatron-core" / name
 
 
 def torchrun(

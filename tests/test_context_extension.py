@@ -30,12 +30,6 @@ def path(model: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables of a site; in CHECKPOINT, Megatron sees a checkpoint until it loads it."""
-    return site(tmp_path_factory.mktemp("site"))
-
-
-@pytest.fixture(scope="module")
 def outcomes(here: dict[str, str]) -> dict[str, Any]:
     """What Megatron says to every command."""
     cases = {

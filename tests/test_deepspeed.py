@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from example_scripts import load
 from launch import ROOT, torchrun
 
 EXAMPLE = ROOT / "examples" / "deepspeed"
@@ -63,10 +64,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The program as a module, in the first of 2 ranks."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    spec = importlib.util.spec_from_file_location("deepspeed_example", EXAMPLE / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("deepspeed/train.py")
 
 
 REFUSED = {

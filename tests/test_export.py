@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_scripts import load
 from forks import Launcher
 from launch import ROOT
 from synthetic import SyntheticCheckpoint
@@ -46,13 +47,8 @@ raise SystemExit(0)
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The example as a module."""
-    from importlib.util import module_from_spec, spec_from_file_location
-
     pytest.importorskip("safetensors", reason="the export needs safetensors (comes with transformers)")
-    spec = spec_from_file_location("export", SCRIPT)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("pretrain/export.py")
 
 
 def llama(folder: Path, **changes: Any) -> SyntheticCheckpoint:
@@ -68,9 +64,8 @@ def test_same_logits(
 ) -> None:
     """Also beyond the trained length, and with a cache."""
     transformers = pytest.importorskip("transformers")
-    nproc = 2 if "--tensor-model-parallel-size" in MODELS[name] else 1
     stop = ("--train-iters", "2")
-    folder = trainer.run(f"export-{name}", *LLAMA, *MODELS[name], *stop, nproc=nproc).folder
+    folder = trainer.run(f"export-{name}", *LLAMA, *MODELS[name], *stop).folder
     tokens = torch.randint(0, 257, (2, 160), generator=torch.Generator().manual_seed(1))
     torch.save(tokens, tmp_path / "tokens.pt")
     files = {

@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from example_scripts import load
 from launch import ROOT
 
-from megatron_fope.arguments import add_fope_arguments, check_before_megatron, fope_config_from_args
+from megatron_fope.arguments import check_before_megatron, fope_config_from_args
+from megatron_fope.megatron_flags import megatron_parser, parse
 
 FOLDER = ROOT / "examples" / "extend"
 STUDIES = ("starts", "growth")
 
 
-def load(name: str, *argv: str) -> ModuleType:
-    """A script of the study as a module, as if called with these arguments."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, *argv])
-        patch.syspath_prepend(str(FOLDER))
-        spec = importlib.util.spec_from_file_location(f"extend_{name}", FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, spec.name, module)  # dataclasses look there
-        spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_way_is_accepted(study: str) -> None:
-    from megatron.training.arguments import add_megatron_arguments
-
-    run = load("run", study)
-    parser = add_fope_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    run = load("extend/run.py", study)
+    parser = megatron_parser("extend")
     assert len(run.WAYS) == {"starts": 9, "growth": 4}[study]
     for way in run.WAYS:
         flags = [*run.MODEL, *run.TRAINING, *way.flags.split(), "--seq-length", str(run.LONG)]
         flags += ["--transformer-impl", "local"]  # as --cpu makes it
-        args, unknown = parser.parse_known_args(flags)
-        assert not unknown
+        args = parse(parser, flags)
         if args.position_embedding_type == "fope":
             check_before_megatron(args)
             fope_config_from_args(args).check_model(64)
@@ -50,7 +34,7 @@ def test_every_way_is_accepted(study: str) -> None:
 
 def test_the_rules_differ_in_the_second_study() -> None:
     """More frequencies than outputs after the growth, as many before."""
-    run = load("run", "growth")
+    run = load("extend/run.py", "growth")
     parser = argparse.ArgumentParser()
     parser.add_argument("--rotary-base", type=float)
     base, _ = parser.parse_known_args(run.MODEL)
@@ -66,7 +50,7 @@ def test_the_rules_differ_in_the_second_study() -> None:
 def test_the_page_has_the_numbers_of_the_report(study: str, tmp_path: Path) -> None:
     shutil.copy(FOLDER / study / "report.json", tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
-    text = load("write_up").write(report, tmp_path)
+    text = load("extend/write_up.py").write(report, tmp_path)
     assert text == (FOLDER / study / "results.md").read_text()
     assert text.strip() in (FOLDER / "README.md").read_text()
     assert all(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from launch import TINY_MODEL, losses, torchrun
+from launch import LATENT, TINY_MODEL, losses, torchrun
 
 pytestmark = pytest.mark.launch
 
@@ -72,8 +72,7 @@ FAMILIES = {
         },
     ),
     "multi-latent attention": Family(
-        "--multi-latent-attention --rope-type rope --q-lora-rank 32 --kv-lora-rank 32 --qk-head-dim 16 "
-        "--qk-pos-emb-head-dim 16 --v-head-dim 16 --num-query-groups 4",
+        " ".join(LATENT),
         "4 attention layers: decoder 1-4",
     ),
     "hybrid": Family(
@@ -88,7 +87,7 @@ def train(folder: Path, nproc: int, flags: str) -> str:
     """The log of a run in the real loop."""
     flags = flags.replace("layers.json", str(folder / "layers.json"))
     model = list(TINY_MODEL)
-    if "--multi-latent-attention" in flags:  # has no query groups
+    if "--multi-latent-attention" in flags:
         model.remove("--group-query-attention")
     command = ["-m", "megatron_fope", "--cpu", "pretrain", *model, "--position-embedding-type", "fope"]
     run = torchrun(nproc, [*command, "--train-iters", str(ITERS), *flags.split()])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launch import ROOT, TINY_MODEL, losses, torchrun
+from launch import ROOT, TINY_MODEL, losses, prepared_release, torchrun
 from packaging.version import Version
 
 from megatron_fope.compat import SUPPORTED_CHECKOUTS, SUPPORTED_MEGATRON, megatron_version
@@ -74,7 +74,7 @@ def release(name: str) -> Release:
     """The release's folder, or a skip that says why."""
     if name == CHECKOUT:
         return Release(name, Path(os.environ[CHECKOUT]).resolve())
-    folder = Path(sys.prefix) / "megatron-core" / name
+    folder = prepared_release(name)
     if not (folder / "megatron" / "__init__.py").is_file():
         pytest.skip(f"Megatron-Core {name} is not in {folder}; make setup puts it there")
     return Release(name, folder)

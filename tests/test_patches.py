@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 from forks import Launcher
-from launch import ROOT, TINY_MODEL, losses, torchrun
+from launch import ROOT, TINY_MODEL, losses, prepared_release, torchrun
 
 from megatron_fope.compat import SUPPORTED_CHECKOUTS
 
@@ -66,7 +66,7 @@ def wheel(release: str, folder: Path) -> Path:
     """The folder with ``megatron`` of a wheel, or a skip that says why there is none."""
     if release == INSTALLED:
         return Path(importlib.util.find_spec("megatron.core").origin).parents[2]
-    prepared = Path(sys.prefix) / "megatron-core" / release
+    prepared = prepared_release(release)
     if (prepared / ARGUMENTS).is_file():
         return prepared
     kept = Path(os.environ.get("MEGATRON_WHEELS", folder))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example_scripts import EXAMPLES, error, parse, printed, script, site
+from example_scripts import EXAMPLES, error, parse, printed, script
 from forks import Launcher
 from launch import losses
 
@@ -72,12 +72,6 @@ def path(model: str) -> str:
 def layout(args: dict[str, Any]) -> dict[str, int]:
     """The parallel sizes that are not 1."""
     return {name: args[key] for name, key in SIZES.items() if args[key] > 1}
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables of a site."""
-    return site(tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture(scope="module")

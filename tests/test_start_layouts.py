@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
-from trainer import FOPE, Run, Trainer
+from launch import LATENT
+from trainer import FOPE, SHARP, Run, Trainer
 
-SHARP = ("--init-method-std", "0.15")
-"""Attention that looks at positions from the first iteration on."""
 GRADUAL = ("--fope-start-from-rope", "function-preserving", "--fope-anneal-iters", "2")
 GROWN = ("--fope-train-length", "256", "--fope-grow")
 WAYS = {"from rope": ("rope", GRADUAL), "grown": ("fope", GROWN)}
@@ -17,10 +14,6 @@ LAYOUTS = {
     "CP2": ("--context-parallel-size", "2"),
     "DP2, distributed optimizer": ("--use-distributed-optimizer",),
 }
-LATENT = (
-    *("--multi-latent-attention", "--rope-type", "rope", "--q-lora-rank", "32", "--kv-lora-rank", "32"),
-    *("--qk-head-dim", "16", "--qk-pos-emb-head-dim", "16", "--v-head-dim", "16", "--num-query-groups", "4"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +49,7 @@ def test_losses_are_those_of_one_rank(way: str, trainer: Trainer, trained: dict[
 @pytest.mark.launch
 def test_multi_latent_attention(trainer: Trainer) -> None:
     """The start preserves the function, also where the rotated channels stand apart; and it grows."""
-    trainer = copy.copy(trainer)
-    trainer._flags = [flag for flag in trainer._flags if flag != "--group-query-attention"]  # has no groups
+    trainer = trainer.without("--group-query-attention")
     rope = trainer.run("latent rope", "--position-embedding-type", "rope", *SHARP, *LATENT)
     same = trainer.run(
         "latent rope, continued", "--position-embedding-type", "rope", *SHARP, *LATENT,

@@ -6,13 +6,11 @@ import argparse
 
 import pytest
 import torch
-from trainer import DROPOUT, FOPE, TP2, Run, Trainer
+from trainer import DROPOUT, FOPE, SHARP, TP2, Run, Trainer
 
 from megatron_fope.arguments import check_before_megatron
 from megatron_fope.errors import UserError
 
-SHARP = ("--init-method-std", "0.15")
-"""Attention that looks at positions from the first iteration on."""
 ROPE = ("--position-embedding-type", "rope", *SHARP)
 START = "--fope-start-from-rope"
 PRESERVING = (START, "function-preserving", "--fope-anneal-iters", "3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from megatron_fope.data import prepare_data
 
 FOPE = ("--position-embedding-type", "fope")
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+SHARP = ("--init-method-std", "0.15")
+"""Attention that looks at positions from the first iteration on."""
 DROPOUT = ("--attention-dropout", "0.1", "--hidden-dropout", "0.1")
 
 
@@ -72,6 +75,12 @@ class Trainer:
         self._flags += ["--make-vocab-size-divisible-by", "256", "--split", "1,0,0"]
         self._flags += ["--data-path", data.train.prefix, "--data-cache-path", str(folder / "cache")]
         self._flags += ["--lr-decay-iters", "8", "--train-iters", "4", "--save-interval", "2"]
+
+    def without(self, flag: str) -> Trainer:
+        """One that leaves out a flag that has no value."""
+        changed = copy.copy(self)
+        changed._flags = [word for word in self._flags if word != flag]
+        return changed
 
     def run(self, name: str, *flags: str, nproc: int = 1, hook: str = "", check: bool = True) -> Run:
         """Train; another run with the same name goes on in the same folders.

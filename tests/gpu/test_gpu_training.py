@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import statistics
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import pytest
 from gpu_kit import needs_capability, needs_gpu, needs_gpus, needs_transformer_engine
 from launch import losses, torchrun
+
+from megatron_fope.megatron_flags import megatron_parser, parse
 
 ITERATIONS = 30
 MODEL = shlex.split(
@@ -107,11 +108,6 @@ def test_context_parallelism_of_transformer_engine(start: Path, local: list[floa
 
 def test_megatron_knows_all_flags() -> None:
     """Also without a GPU: these runs have not gone out of date."""
-    from megatron.training.arguments import add_megatron_arguments
-
-    from megatron_fope import add_fope_arguments
-
-    parser = add_fope_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     flags = [
         *MODEL,
         "--attention-backend",
@@ -125,6 +121,5 @@ def test_megatron_knows_all_flags() -> None:
         "--train-iters",
         "1",
     ]
-    args, unknown = parser.parse_known_args(flags)
-    assert not unknown
+    args = parse(megatron_parser("test"), flags)
     assert args.position_embedding_type == "fope"
