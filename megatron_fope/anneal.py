@@ -23,7 +23,6 @@ was captured before the end keeps computing the longer series until the job rest
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from megatron_fope import frequencies, functional
 from megatron_fope.config import FoPEConfig
+from megatron_fope.log import announce
 from megatron_fope.precision import KeepsPrecision
 
 
@@ -96,18 +96,16 @@ def training_step(model: Iterable[torch.nn.Module], iteration: int, args: Any) -
     yield
     advance(iteration + 1, model)
     _log(iteration + 1, weight, args)
-    if current_weight(total) == 1.0 and os.environ.get("RANK", "0") == "0":
-        print(
-            f"> FoPE: iteration {iteration + 1} was the last with RoPE; from here on it is FoPE", flush=True
-        )
+    if current_weight(total) == 1.0:
+        announce(f"iteration {iteration + 1} was the last with RoPE; from here on it is FoPE")
 
 
 def _log(iteration: int, weight: float, args: Any) -> None:
     """The weight of one iteration, where Megatron's other numbers go."""
     from megatron.training import get_tensorboard_writer, get_wandb_writer
 
-    if iteration % args.log_interval == 0 and os.environ.get("RANK", "0") == "0":
-        print(f"> FoPE: iteration {iteration} had FoPE's weight {weight:g} against RoPE", flush=True)
+    if iteration % args.log_interval == 0:
+        announce(f"iteration {iteration} had FoPE's weight {weight:g} against RoPE")
     if iteration % args.tensorboard_log_interval:
         return
     if writer := get_tensorboard_writer():

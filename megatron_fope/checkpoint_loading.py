@@ -9,7 +9,6 @@ and grown by the layers.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -36,6 +35,7 @@ from megatron_fope.checkpoint_starts import begin_annealing, outgrown_config, st
 from megatron_fope.config import FoPEConfig
 from megatron_fope.embedding import KEEP, Outgrown
 from megatron_fope.errors import UserError
+from megatron_fope.log import announce, is_rank0
 
 
 def load_base_checkpoint(original: Callable, load_dir: Any, args: Any, options: dict[str, Any]) -> Any:
@@ -89,7 +89,7 @@ class _Loading:
     def read_arguments(self, options: dict[str, Any]) -> Any:
         def check_files() -> None:
             # PyTorch logs a traceback of its own about a file that it cannot read.
-            if self.step is not None and _is_rank0():
+            if self.step is not None and is_rank0():
                 _refuse_damage(self.load_dir, self.step)
 
         self.agree(check_files)
@@ -120,7 +120,7 @@ class _Loading:
         def check_files() -> None:
             # Before any rank starts to read, because afterwards each would fail in its own way. Only rank 0
             # looks; it reads the table of contents once more than Megatron does.
-            if self.step is not None and _is_rank0():
+            if self.step is not None and is_rank0():
                 _check_files(self.load_dir, self.step, keys, self.args)
 
         def read() -> Any:
@@ -130,8 +130,11 @@ class _Loading:
                 self._check_settings(result)
                 legacy = getattr(kind, "name", None) == "LEGACY"
                 wanted = _names_beside_attention(state, self.args) if legacy else names
-                _settle_annealing(state, self.args, release)
-                _settle_coefficients(state, wanted, self.args, self.load_dir)
+                from_rope = starts_from_rope(self.args, state["args"], FOPE)
+                begin_annealing(
+                    self.args, state["args"], state.get("iteration", 0), from_rope=from_rope, release=release
+                )
+                _settle_coefficients(state, wanted, self.args, self.load_dir, from_rope=from_rope)
             return result
 
         self.agree(check_files)
@@ -186,10 +189,9 @@ def _check_files(load_dir: Any, step: int | str, keys: list[str], args: Any) -> 
         newer_than(load_dir, step) if isinstance(step, int) and not getattr(args, "ckpt_step", None) else []
     )
     if newer:
-        print(
-            f"> FoPE: {', '.join(newer)} in {load_dir} never became the latest checkpoint: a save did not "
-            f"finish; loading iteration {step}",
-            flush=True,
+        announce(
+            f"{', '.join(newer)} in {load_dir} never became the latest checkpoint: a save did not finish; "
+            f"loading iteration {step}"
         )
     _refuse_damage(load_dir, step, keys)
     if is_legacy(load_dir, step):
@@ -208,9 +210,10 @@ def _refuse_damage(load_dir: Any, step: int | str, keys: Iterable[str] = ()) -> 
         raise UserError(damage)
 
 
-def _settle_coefficients(state: Any, names: dict[str, list[str]], args: Any, load_dir: Any) -> None:
+def _settle_coefficients(
+    state: Any, names: dict[str, list[str]], args: Any, load_dir: Any, *, from_rope: bool
+) -> None:
     """Make sure that every coefficient was in the file; mark those that stay and those that grow."""
-    from_rope = starts_from_rope(args, state["args"], FOPE)
     outgrown = None if from_rope else outgrown_config(args, state["args"])
     for part, wanted in names.items():
         for name in wanted:
@@ -220,8 +223,7 @@ def _settle_coefficients(state: Any, names: dict[str, list[str]], args: Any, loa
                 raise UserError(f"the checkpoint in {load_dir} has no {name}; load one that is complete")
             elif outgrown is not None:
                 state[part][name] = Outgrown(state[part][name], outgrown)
-    for line in _start_notes(state["args"], args, load_dir, from_rope, outgrown) if _is_rank0() else ():
-        print(f"> FoPE: {line}", flush=True)
+    announce(*_start_notes(state["args"], args, load_dir, from_rope, outgrown))
 
 
 def _start_notes(
@@ -261,11 +263,6 @@ def _start_notes(
             f"FoPE's weight against RoPE is {weight:g}, and 1 in {config.anneal_iters} iterations from "
             f"iteration {args.fope_anneal_start}"
         )
-
-
-def _settle_annealing(state: Any, args: Any, release: bool) -> None:
-    from_rope = starts_from_rope(args, state["args"], FOPE)
-    begin_annealing(args, state["args"], state.get("iteration", 0), from_rope=from_rope, release=release)
 
 
 def _with_shape_of(
@@ -326,7 +323,3 @@ def _keys(template: Any, names: dict[str, list[str]]) -> list[str]:
     """The names that a distributed checkpoint uses for tensors of a state dict that has them."""
     tensors = [template[part][name] for part in names for name in names[part] if name in template[part]]
     return sorted({tensor.key for tensor in tensors if hasattr(tensor, "key")})
-
-
-def _is_rank0() -> bool:
-    return os.environ.get("RANK", "0") == "0"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
+
+from megatron_fope.log import is_rank0
 
 
 class UserError(ValueError):
@@ -35,6 +36,6 @@ def exit_on_user_error(program: str = "megatron-fope") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_rank0():
             print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -10,7 +10,6 @@ import argparse
 import functools
 import inspect
 import logging
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from megatron_fope.checkpoint_loading import load_base_checkpoint
 from megatron_fope.checkpoint_starts import check_save_folder, check_start
 from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError, exit_on_user_error
+from megatron_fope.log import announce, is_rank0
 from megatron_fope.report import assert_fope_active, describe, layer_list
 
 logger = logging.getLogger(__name__)
@@ -291,10 +291,8 @@ def _config_from_global_args() -> FoPEConfig:
 def _announce(model: Any) -> None:
     """Say once, on rank 0, what was built and which implementation runs."""
     global _announced
-    if _announced or os.environ.get("RANK", "0") != "0":
+    if _announced or not is_rank0():
         return
     _announced = True
     report = describe(model)[0]
-    print(f"> FoPE: {report.summary()}", flush=True)
-    print(f"> FoPE: queries and keys are rotated by: {report.path}", flush=True)
-    print(f"> FoPE: {layer_list(model)}", flush=True)
+    announce(report.summary(), f"queries and keys are rotated by: {report.path}", layer_list(model))

@@ -1,0 +1,16 @@
+"""What FoPE says in a training log: lines of its own, once and not by every rank."""
+
+from __future__ import annotations
+
+import os
+
+
+def is_rank0() -> bool:
+    """Whether this process speaks for all; also true outside ``torchrun``."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def announce(*lines: str) -> None:
+    """Print lines on rank 0."""
+    for line in lines if is_rank0() else ():
+        print(f"> FoPE: {line}", flush=True)
