@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +14,9 @@ from example_scripts import load
 from forks import Launcher
 from launch import ROOT
 from synthetic import SyntheticCheckpoint
-from trainer import FOPE, Trainer
+from trainer import FOPE, TP2, Trainer
 
-from megatron_fope.errors import UserError
+from megatron_fope import FoPEConfig, UserError
 
 SCRIPT = ROOT / "examples" / "pretrain" / "export.py"
 LLAMA = ("--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--init-method-std", "0.2")
@@ -25,7 +25,15 @@ MODELS = {
     "rope": (UNTIED, "--position-embedding-type", "rope"),
     "paper": (UNTIED, *FOPE, "--fope-gain", "0.6"),
     "intern-s1-pro": (*FOPE, "--fope-profile", "intern-s1-pro", "--fope-attention-scaling", "1.2"),
+    "two tensor-parallel ranks": (UNTIED, *FOPE, *TP2),
+    "two stages, learnable": (
+        *(UNTIED, *FOPE, "--fope-learnable", "--pipeline-model-parallel-size", "2"),
+        "--use-distributed-optimizer",
+    ),
 }
+TWO_RANKS = [name for name in MODELS if name.startswith("two")]
+COMPLETE = {"untie_embeddings_and_output_weights": True, "ffn_hidden_size": 128, "layernorm_epsilon": 1e-5}
+"""What a synthetic checkpoint lacks of a Llama's arguments."""
 REFERENCE = """
 import sys
 sys.argv = ["megatron-fope", "--load", {folder!r}, "--no-load-optim", "--no-load-rng"]
@@ -65,7 +73,9 @@ def test_same_logits(
     """Also beyond the trained length, and with a cache."""
     transformers = pytest.importorskip("transformers")
     stop = ("--train-iters", "2")
-    folder = trainer.run(f"export-{name}", *LLAMA, *MODELS[name], *stop).folder
+    folder = trainer.run(
+        f"export-{name}", *LLAMA, *MODELS[name], *stop, nproc=2 if name in TWO_RANKS else 1
+    ).folder
     tokens = torch.randint(0, 257, (2, 160), generator=torch.Generator().manual_seed(1))
     torch.save(tokens, tmp_path / "tokens.pt")
     files = {
@@ -120,6 +130,12 @@ def test_same_logits(
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1; allowed: without"),
         ({"qk_layernorm": True}, "--qk-layernorm True; allowed: without"),
         ({"rotary_percent": 0.5}, "--rotary-percent 0.5; allowed: 1.0"),
+        ({"softmax_type": "off-by-one"}, "--softmax-type off-by-one; allowed: vanilla"),
+        (
+            COMPLETE
+            | {"fope": FoPEConfig.from_profile(train_length=64, anneal_iters=9), "fope_anneal_start": 0},
+            "its start from RoPE is still being annealed; finish it first",
+        ),
         ({"position_embedding_type": "learned_absolute"}, "is learned_absolute; allowed: rope, fope"),
     ],
 )
@@ -135,8 +151,8 @@ def test_folders(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """OUT that exists stays, no checkpoint is refused, nothing is left of an export that ends early."""
     source = llama(
         tmp_path / "checkpoint",
-        untie_embeddings_and_output_weights=True, ffn_hidden_size=128, layernorm_epsilon=1e-5,
-    )  # fmt: skip
+        **COMPLETE,
+    )
     (tmp_path / "here").mkdir()
     with pytest.raises(UserError, match="which exists; allowed: a new folder"):
         script.export(source.folder, tmp_path / "here")
@@ -154,3 +170,38 @@ def test_folders(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         script.export(source.folder, tmp_path / "hf")
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "here"}
+
+
+def test_other_tensors_than_a_llama(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers that cannot be read, tensors that are missing, and tensors that are left."""
+    source = llama(tmp_path / "checkpoint", **COMPLETE)
+    with pytest.raises(UserError, match=r"\.distcp: embedding\.word_embeddings\.weight cannot be read \("):
+        script.export(source.folder, tmp_path / "hf")  # holes
+
+    monkeypatch.setattr(
+        script.Checkpoint, "read_tensor", lambda self, name: torch.zeros(*self.tensors[name].size)
+    )
+    with pytest.raises(UserError, match=r"it has no decoder\.final_layernorm\.weight, which Llama needs"):
+        script.export(source.folder, tmp_path / "hf")
+
+    there = script.Checkpoint.tensors.fget
+    norms = {
+        "decoder.final_layernorm.weight": (64,),
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (4, 64),
+        "decoder.layers.mlp.linear_fc1.layer_norm_weight": (4, 64),
+        "decoder.layers.mlp.linear_fc1.bias": (4, 512),
+        "output_layer.weight": (128, 64),
+    }
+    added = {name: SimpleNamespace(size=size) for name, size in norms.items()}
+    monkeypatch.setattr(script.Checkpoint, "tensors", property(lambda self: there(self) | added))
+    with pytest.raises(UserError, match=r"Llama has no place for decoder\.layers\.mlp\.linear_fc1\.bias$"):
+        script.export(source.folder, tmp_path / "hf")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
+
+
+def test_without_safetensors(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match="install it with: pip install safetensors"):
+        script.export(tmp_path, tmp_path / "hf")

@@ -2,8 +2,8 @@
 
     python examples/pretrain/export.py CHECKPOINT OUT [--iteration N]
 
-CHECKPOINT is a folder made by ``--save``, in ``torch_dist`` format (tested with one rank's); OUT must
-not exist. RoPE becomes a plain Llama. FoPE becomes Llama with ``modeling_fope_llama.py`` beside the weights,
+CHECKPOINT is a folder made by ``--save``, in ``torch_dist`` format, of any layout; OUT must not
+exist. RoPE becomes a plain Llama. FoPE becomes Llama with ``modeling_fope_llama.py`` beside the weights,
 which transformers loads with ``trust_remote_code=True``. Needs ``safetensors`` and memory for the weights of
 the whole model, but no GPU and no Megatron ranks. Weights keep the dtype that they are stored in,
 coefficients are float32. The tokenizer is not exported, nor are the ids of special tokens.

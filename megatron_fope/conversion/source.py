@@ -90,12 +90,20 @@ class Checkpoint:
         return not (self.path / COMMON_FILE).exists()
 
     def read_tensor(self, name: str) -> Tensor:
-        """A whole tensor, on the CPU; its parts are put together."""
+        """A whole tensor, on the CPU; its parts are put together.
+
+        Raises:
+            UserError: a part cannot be read, because its file is damaged.
+        """
         entry = self.tensors[name]
         value = torch.empty(entry.size, dtype=entry.properties.dtype)
         for index, storage in self.metadata.storage_data.items():
             if index.fqn == name:
-                part = inert.load(_read_range(self.path, storage))
+                try:
+                    part = inert.load(_read_range(self.path, storage))
+                except Exception as error:
+                    file = self.path / storage.relative_path
+                    raise UserError(f"{file}: {name} cannot be read ({describe_error(error)})") from None
                 value[tuple(slice(o, o + n) for o, n in zip(index.offset, part.shape, strict=True))] = part
         return value
 
