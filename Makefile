@@ -1,9 +1,11 @@
 # make demo: RoPE against FoPE on real text, on any machine. make test: everything the tests can check here.
+# JOBS=4 tests in so many processes (each starts launches of up to 4 ranks).
 # PYTHON=/path/to/python3.12 picks the interpreter, TORCH_INDEX_URL=https://... another source of torch.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 BENCH_OUT ?= out/bench
+JOBS ?= 2
 KERNEL_TESTS := tests/test_kernels.py tests/test_kernels_host.py tests/test_implementation.py
 export PYTHON TORCH_INDEX_URL VENV
 
@@ -35,7 +37,7 @@ extend: setup
 	@$(BIN)/python examples/extend/run.py growth
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 layouts: setup
 	@$(BIN)/python tests/layouts.py

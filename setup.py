@@ -14,7 +14,14 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.16.9,<0.20"],
     "te": ["transformer-engine[pytorch]>=2.0"],
 }
-EXTRAS["dev"] = [*EXTRAS["demo"], *EXTRAS["deepspeed"], *EXTRAS["hf"], "pytest>=8", "ruff>=0.6"]
+EXTRAS["dev"] = [
+    *EXTRAS["demo"],
+    *EXTRAS["deepspeed"],
+    *EXTRAS["hf"],
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff>=0.6",
+]
 
 setup(
     name="megatron-fope",

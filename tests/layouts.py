@@ -81,16 +81,18 @@ _TABLE = {
     "": "TP2, TP2 SP, TP4, TP4 SP, CP2, CP4, TP2 SP CP2, PP2, PP4, PP2 virtual-stages, TP2 SP PP2, PP2 CP2, "
     "DP2, DP2 distributed-optimizer, DP4 distributed-optimizer, DP2 distributed-optimizer overlapped, "
     "TP2 SP DP2 distributed-optimizer, PP2 DP2, CP2 DP2 distributed-optimizer, micro-batch-1, "
-    "full-recompute, TP2 SP full-recompute, TP2 SP selective-recompute, reset-position-ids",
+    "full-recompute, TP2 SP full-recompute, TP2 SP selective-recompute, reset-position-ids, "
+    "TP4 SP PP2, PP2 CP4, TP2 SP PP2 CP2, TP2 SP CP2 DP2 distributed-optimizer, "
+    "TP2 SP PP2 CP2 DP2 distributed-optimizer",
     "no-bias": "TP2 SP fine-grained-recompute",
     "60-tokens": "CP2, PP2, TP2 SP CP2",
     "72-tokens": "CP4",
     "changing-lengths": "CP2, PP2",
     "documents": "TP2 SP, PP2, PP4, DP2, full-recompute",
-    "packed": "CP2, CP4, TP2 SP CP2, TP2 SP PP2, PP2 CP2",
-    "MoE": "DP2 EP2, TP2 SP DP2 EP2, PP2 DP2 EP2, CP2 DP2 EP2",
+    "packed": "CP2, CP4, TP2 SP CP2, TP2 SP PP2, PP2 CP2, TP2 SP PP2 CP2",
+    "MoE": "DP2 EP2, TP2 SP DP2 EP2, PP2 DP2 EP2, CP2 DP2 EP2, TP2 SP PP2 DP2 EP2",
     "MTP": "TP2 SP, PP2",
-    "learnable": "TP2 SP, TP4, TP4 SP, CP2, PP2, DP2 distributed-optimizer, TP2 SP CP2",
+    "learnable": "TP2 SP, TP4, TP4 SP, CP2, PP2, DP2 distributed-optimizer, TP2 SP CP2, TP2 SP PP2 CP2",
     "learnable packed": "TP2 SP CP2",
     "learnable MoE": "DP2 EP2, TP2 SP DP2 EP2 distributed-optimizer",
     "bf16": "TP2 SP, TP4 SP, CP2, CP4, TP2 SP CP2, PP2, PP4, PP2 virtual-stages, TP2 SP PP2, "
