@@ -64,4 +64,5 @@ lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	@test ! -e $(VENV)/.made-by-setup || rm -rf $(VENV)
+	rm -rf out build dist *.egg-info

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,14 +93,39 @@ def test_supported_megatron_range_is_stated_once() -> None:
     assert set(stated.split(",")) == set(str(SUPPORTED_MEGATRON).split(","))
 
 
+def set_up(**variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the set-up script."""
+    command = ["bash", str(ROOT / ".ci" / "setup-env")]
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+
+
 def test_set_up_refuses_an_interpreter_that_does_not_fit(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHON": "/no/such/python", "VENV": str(tmp_path / "venv")}
-    done = subprocess.run(
-        ["bash", str(ROOT / ".ci" / "setup-env")], env=environment, capture_output=True, text=True
-    )
+    done = set_up(PYTHON="/no/such/python", VENV=str(tmp_path / "venv"))
     assert done.returncode == 2
     assert done.stderr == "setup: error: PYTHON is '/no/such/python'; allowed: a Python >= 3.12 with venv\n"
     assert not (tmp_path / "venv").exists()
+
+
+def test_set_up_leaves_what_it_did_not_make(tmp_path: Path) -> None:
+    """A folder with files, an environment without our packages, and a complete one."""
+    (tmp_path / "files" / "thesis").mkdir(parents=True)
+    done = set_up(VENV=str(tmp_path / "files"))
+    assert done.returncode == 2 and done.stderr.endswith(
+        "which is no Python environment; allowed: a new folder\n"
+    )
+    assert (tmp_path / "files" / "thesis").exists()
+
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    done = set_up(VENV=str(bare))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "which lacks: megatron_fope pytest xdist; there: pip install -e '.[dev]'" in done.stderr
+    (site_packages,) = bare.glob("lib/python*/site-packages")
+    for name in ("megatron_fope", "pytest", "xdist"):
+        (site_packages / f"{name}.py").touch()
+    done = set_up(VENV=str(bare))
+    assert done.returncode == 0 and "as it is" in done.stdout, done.stderr
+    assert (site_packages / "xdist.py").exists()
 
 
 @pytest.mark.launch
