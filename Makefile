@@ -16,7 +16,7 @@ help:
 	@echo "            DEMO_ITERS=1000 DEMO_OUT=out/demo"
 	@echo "make extend  ways to a four times longer context, compared (an hour on 2 cores)"
 	@echo "make test   the whole test suite"
-	@echo "make layouts  real training in 77 parallel layouts, each against one rank (half an hour)"
+	@echo "make layouts  real training in 87 parallel layouts, each against one rank (half an hour)"
 	@echo "make reshard  every layout's checkpoint loaded by every other (half an hour)"
 	@echo "make bench  speed, memory and step time beside RoPE; BENCH_OUT=out/bench"
 	@echo "make bench-gpu  the kernels' tests, then the same on a GPU"
@@ -37,7 +37,7 @@ extend: setup
 	@$(BIN)/python examples/extend/run.py growth
 
 test: setup
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 layouts: setup
 	@$(BIN)/python tests/layouts.py

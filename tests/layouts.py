@@ -97,7 +97,7 @@ _TABLE = {
     "learnable MoE": "DP2 EP2, TP2 SP DP2 EP2 distributed-optimizer",
     "bf16": "TP2 SP, TP4 SP, CP2, CP4, TP2 SP CP2, PP2, PP4, PP2 virtual-stages, TP2 SP PP2, "
     "DP2 distributed-optimizer, DP2 distributed-optimizer overlapped, TP2 SP DP2 distributed-optimizer, "
-    "full-recompute",
+    "full-recompute, TP2 SP PP2 CP2, TP2 SP PP2 CP2 DP2 distributed-optimizer",
     "bf16 no-bias": "TP2 SP fine-grained-recompute",
     "bf16 documents": "TP2 SP",
     "bf16 packed": "TP2 SP CP2",

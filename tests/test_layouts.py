@@ -40,4 +40,4 @@ def test_the_table_covers_what_is_promised() -> None:
     assert len(LAYOUTS) == len(set(LAYOUTS))
     single = [name for name in LAYOUTS if "bf16" not in name]
     assert len(single) >= 24 and 3 * (len(LAYOUTS) - len(single)) >= len(single)
-    assert {num_ranks(name) for name in LAYOUTS} == {1, 2, 4}
+    assert {num_ranks(name) for name in LAYOUTS} == {1, 2, 4, 8, 16}
