@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 from forks import Launcher
 from launch import ROOT, TINY_MODEL, losses, prepared_release, torchrun
+from trainer import TP2
 
 from megatron_fope.compat import SUPPORTED_CHECKOUTS
 
@@ -296,6 +297,8 @@ def test_patched_checkout_trains(tmp_path: Path) -> None:
     by_patch = train(tree, str(tree / "pretrain_gpt.py"), *FOPE)
     by_launcher = train(source, "-m", "megatron_fope", "--cpu", str(source / "pretrain_gpt.py"), *FOPE)
     assert len(by_patch) == 3 and by_patch == by_launcher
+    two_ranks = train(tree, str(tree / "pretrain_gpt.py"), *FOPE, *TP2, nproc=2)
+    assert two_ranks == pytest.approx(by_patch, abs=1e-5)
     scripts = [checkout / "pretrain_gpt.py" for checkout in (tree, source)]
     patched, unpatched = (train(script.parent, str(script), *ROPE) for script in scripts)
     assert patched == unpatched != by_patch
