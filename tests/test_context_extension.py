@@ -11,9 +11,9 @@ from example_scripts import EXAMPLES, error, parse, printed, site
 
 LENGTH = 131072
 MODELS = {
-    "dense_8b": {"TP": 4, "PP": 1, "CP": 8, "EP": 1, "nodes": 4, "layers": 32},
-    "dense_70b": {"TP": 8, "PP": 4, "CP": 8, "EP": 1, "nodes": 32, "layers": 80},
-    "moe_8x7b": {"TP": 4, "PP": 2, "CP": 8, "EP": 8, "nodes": 8, "layers": 32},
+    "dense_8b": {"TP": 4, "PP": 1, "CP": 8, "EP": 1, "nodes": 4, "layers": 32, "base": 500000},
+    "dense_70b": {"TP": 8, "PP": 4, "CP": 8, "EP": 1, "nodes": 32, "layers": 80, "base": 500000},
+    "moe_8x7b": {"TP": 4, "PP": 2, "CP": 8, "EP": 8, "nodes": 8, "layers": 32, "base": 1000000},
 }
 VARIANTS: dict[str, dict[str, str]] = {
     "real": {},
@@ -59,7 +59,7 @@ def test_megatron_accepts_the_command(
     length = 65536 if variant == "base" else LENGTH
     position = "rope" if variant == "rope" else "fope"
     assert args["seq_length"] == args["max_position_embeddings"] == length
-    assert args["rotary_base"] == (8000000 if variant == "base" else 500000)
+    assert args["rotary_base"] == (8000000 if variant == "base" else sizes["base"])
     assert args["position_embedding_type"] == position and not args["create_attention_mask_in_dataloader"]
     assert args["recompute_granularity"] == "full" and args["bf16"]
     assert args["num_layers"] == sizes["layers"] and args["world_size"] == sizes["nodes"] * 8

@@ -19,10 +19,11 @@ from megatron_fope.arguments import add_fope_arguments
 from megatron_fope.config import PROFILES, FoPEConfig
 
 README = (ROOT / "README.md").read_text()
+ARGUMENTS = (ROOT / "examples" / "guide" / "arguments.md").read_text()
 
 
 def test_every_flag_is_in_the_argument_table() -> None:
-    rows = [line for line in README.splitlines() if line.startswith("| `--fope-")]
+    rows = [line for line in ARGUMENTS.splitlines() if line.startswith("| `--fope-")]
     documented = {flag for row in rows for flag in re.findall(r"--fope-[a-z-]+", row.split("|")[1])}
     known = add_fope_arguments(argparse.ArgumentParser())._option_string_actions
     assert documented == {flag for flag in known if flag.startswith("--fope-")}
@@ -38,7 +39,7 @@ def show(value: object) -> str:
 
 
 def test_defaults_in_the_argument_table() -> None:
-    for row in (line for line in README.splitlines() if line.startswith("| `--fope-")):
+    for row in (line for line in ARGUMENTS.splitlines() if line.startswith("| `--fope-")):
         names, default = row.split("|")[1:3]
         names = re.findall(r"--fope-([a-z-]+)", names)
         if len(names) != 1:
@@ -53,10 +54,21 @@ def test_defaults_in_the_argument_table() -> None:
             assert default.strip().strip("`") == expected, name
 
 
-def test_paths_exist() -> None:
-    for document in (ROOT / "README.md", ROOT / "examples" / "README.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+def anchors(document: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ +(.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere() -> None:
+    for document in (ROOT / "README.md", *ROOT.glob("examples/**/*.md"), *ROOT.glob("patches/*.md")):
+        for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+            if target.startswith("https://"):
+                continue
+            path, _, anchor = target.partition("#")
+            page = (document.parent / path) if path else document
+            assert page.exists(), f"{document}: {target}"
+            assert not anchor or anchor in anchors(page), f"{document}: {target}"
 
 
 def test_the_demo_table_is_the_committed_report() -> None:

@@ -55,6 +55,8 @@ MODELS = {
     ),
 }
 POSITIONS = ("rope", "fope")
+CONTINUED = {"dense_8b": "dense_8b rope", "dense_70b": "dense_70b fope", "moe_8x7b": "moe_8x7b fope"}
+"""A script of ``context_extension/``, and which run it continues."""
 SIZES = {
     "tensor": "tensor_model_parallel_size",
     "pipeline": "pipeline_model_parallel_size",
@@ -241,7 +243,7 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> dict[str, Finished]:
-    """Every script with CPU=1, a RoPE twin of the 8B model, and that twin continued as FoPE."""
+    """Every script with CPU=1, a RoPE twin of the 8B model, and three of them continued at 256 tokens."""
     found: dict[str, Finished] = {}
 
     def run(name: str, script_path: str, *, save: bool, **variables: str) -> None:
@@ -257,10 +259,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> dict[s
         found[name] = Finished(log, folder / "checkpoints")
 
     for name in MODELS:
-        run(f"{name} fope", path(name), save=name == "gpt_60m")
+        run(f"{name} fope", path(name), save=name in ("gpt_60m", "dense_70b", "moe_8x7b"))
     run("dense_8b rope", path("dense_8b"), save=True, POSITION="rope")
-    continued = {"CHECKPOINT": str(found["dense_8b rope"].checkpoints), "SEQ_LENGTH": "256"}
-    run("continued", "context_extension/dense_8b.sh", save=False, **continued)
+    for name, source in CONTINUED.items():
+        variables = {"CHECKPOINT": str(found[source].checkpoints), "SEQ_LENGTH": "256"}
+        run(f"{name} continued", f"context_extension/{name}.sh", save=False, **variables)
     return found
 
 
@@ -284,9 +287,14 @@ def test_the_twins_differ_in_the_position_embedding_only(runs: dict[str, Finishe
 
 
 @pytest.mark.launch
-def test_a_trained_model_is_continued_at_a_longer_length(runs: dict[str, Finished]) -> None:
-    log = runs["continued"].log
-    assert "the coefficients are fresh (seed 1234)" in log and "is a RoPE model" in log
+@pytest.mark.parametrize("name", CONTINUED)
+def test_a_trained_model_is_continued_at_a_longer_length(name: str, runs: dict[str, Finished]) -> None:
+    """The scripts of both folders fit each other: shape, rotary base, another layout."""
+    log = runs[f"{name} continued"].log
+    if CONTINUED[name].endswith("rope"):
+        assert "the coefficients are fresh (seed 1234)" in log and "is a RoPE model" in log
+    else:
+        assert "the coefficients grow (aligned) from train length 128 to 256" in log
     assert "train length 256 tokens" in log and len(losses(log)) == 4
 
 
