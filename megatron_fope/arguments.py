@@ -301,6 +301,7 @@ def check_before_megatron(args: Any) -> None:
                 f"({error}); pip install 'megatron-fope[te]' or give --transformer-impl local"
             ) from None
     _check_attention(args)
+    _check_fsdp(args)
     if (
         getattr(args, "dataloader_inter_document_masking", False)
         and getattr(args, "context_parallel_size", 1) > 1
@@ -354,6 +355,22 @@ def _check_attention(args: Any) -> None:
             raise UserError(
                 f"--context-parallel-size is {size}, which the attention of {name} local does not support; "
                 "allowed: 1, or --transformer-impl transformer_engine with another --attention-backend"
+            )
+
+
+def _check_fsdp(args: Any) -> None:
+    """Refuse FSDP of learnable coefficients, which stay float32, among parameters of 16 bits.
+
+    FSDP2 asserts one dtype per module; Megatron FSDP trains with wrong values and says nothing.
+    """
+    if not (getattr(args, "fope_learnable", False) and (args.bf16 or args.fp16)):
+        return
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, name, False):
+            raise UserError(
+                f"{flag('learnable')} and --{'bf16' if args.bf16 else 'fp16'} are given with "
+                f"--{name.replace('_', '-')}, which cannot shard float32 among 16-bit parameters; "
+                "allowed: frozen coefficients, or --use-distributed-optimizer"
             )
 
 

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -109,9 +110,7 @@ def run_ranks(nproc: int, action: Callable[[], Any], log: Path, *, timeout: floa
     Returns:
         The first exit code that is not 0 (negative: a signal), else 0.
     """
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with open(log, "wb") as output:
         ranks = [_fork(rank, nproc, port, action, output.fileno()) for rank in range(nproc)]
         return _wait(ranks, time.monotonic() + timeout)

@@ -58,8 +58,7 @@ def test_given_flags_are_kept(given: list[str]) -> None:
         (["--fp8-format", "hybrid"], ["--fp8-format hybrid"]),
         (["--cuda-graph-impl", "local"], ["--cuda-graph-impl local", "none"]),
         (["--enable-cuda-graph"], ["--enable-cuda-graph"]),
-        (["--use-megatron-fsdp"], ["--use-megatron-fsdp"]),
-        (["--use-torch-fsdp2"], ["--use-torch-fsdp2"]),
+        (["--use-megatron-fsdp", "--save", "out"], ["--save", "--use-megatron-fsdp"]),
         (["--attention-backend", "flash"], ["--attention-backend flash", "local"]),
     ],
 )
@@ -77,6 +76,18 @@ def test_environment_is_only_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu.add_argument_defaults([])
     assert os.environ["OMP_NUM_THREADS"] == "7"
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+
+@pytest.mark.parametrize("set_before", ["1", None])
+@pytest.mark.parametrize("flag", ["--use-megatron-fsdp", "--use-torch-fsdp2"])
+def test_environment_with_fsdp(flag: str, set_before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron asserts another value than 1 there."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if set_before is None:
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    completed = cpu.add_argument_defaults([flag])
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+    assert ("--no-gradient-reduce-div-fusion" in completed) == ("megatron" in flag)
 
 
 def test_importing_changes_nothing() -> None:

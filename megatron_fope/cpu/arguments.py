@@ -22,6 +22,9 @@ All of them select an implementation, none of them changes what is computed; dro
 Megatron's default.
 """
 
+MEGATRON_FSDP_FLAGS: tuple[tuple[str, str | None], ...] = (("--no-gradient-reduce-div-fusion", None),)
+"""The same for Megatron FSDP, whose fused division is an operation of NCCL."""
+
 ALLOWED_VALUES: dict[str, frozenset[str]] = {
     "--distributed-backend": frozenset({"gloo"}),
     "--transformer-impl": frozenset({"local"}),
@@ -43,8 +46,6 @@ REFUSED_SWITCHES: dict[str, str] = {
     "--optimizer-cuda-graph": "CUDA graphs",
     "--cuda-graph-scope": "CUDA graphs",
     "--cuda-graph-modules": "CUDA graphs",
-    "--use-megatron-fsdp": "Megatron FSDP",
-    "--use-torch-fsdp2": "PyTorch FSDP2",
     "--fp8-param-gather": "FP8",
     "--fp4-param-gather": "FP4",
     "--use-flash-attn": "FlashAttention",
@@ -115,9 +116,16 @@ def add_argument_defaults(argv: list[str]) -> list[str]:
                 instead = " or ".join(sorted(allowed)) if allowed else "no such flag"
                 raise UserError(f"{flag} {value or '(no value)'} needs CUDA; allowed on the CPU: {instead}")
 
+    megatron_fsdp = "--use-megatron-fsdp" in given
+    if megatron_fsdp and "--save" in given:
+        raise UserError(
+            "--save is given with --use-megatron-fsdp, which waits for ever on the CPU while it saves, with "
+            "RoPE too; leave --save out, or take --use-distributed-optimizer alone"
+        )
+
     completed = list(argv)
-    for flag, value in REQUIRED_FLAGS:
+    for flag, value in REQUIRED_FLAGS + MEGATRON_FSDP_FLAGS * megatron_fsdp:
         if flag not in given:
             completed += [flag] if value is None else [flag, value]
-    prepare_environment()
+    prepare_environment(fully_sharded=megatron_fsdp or "--use-torch-fsdp2" in given)
     return completed

@@ -52,6 +52,8 @@ class CudaAsCpu(TorchFunctionMode):
             kwargs["device"] = CPU
         if "pin_memory" in kwargs:
             kwargs["pin_memory"] = False
+        if func is torch.device and args == ("cuda:cpu",):  # f"cuda:{torch.cuda.current_device()}"
+            return CPU
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
         return func(*args, **kwargs)
@@ -232,6 +234,18 @@ def _drop_device_of_process_group() -> None:
     torch.distributed.init_process_group = init_process_group
 
 
+def _make_meshes_of_the_cpu() -> None:
+    """FSDP takes its device from a mesh, for which Megatron names ``cuda``."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from_group = DeviceMesh.from_group
+
+    def from_group_on_cpu(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
+        return from_group(group, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+    DeviceMesh.from_group = staticmethod(from_group_on_cpu)
+
+
 def install() -> None:
     """Replace ``torch.cuda`` for this process and enter the mode for this thread. Call it once."""
     global _active_mode
@@ -245,6 +259,7 @@ def install() -> None:
     torch.cuda.nvtx.range_pop = _own(_nothing)
     _replace_tensor_methods()
     _drop_device_of_process_group()
+    _make_meshes_of_the_cpu()
     _active_mode = CudaAsCpu()
     _active_mode.__enter__()
 

@@ -15,12 +15,17 @@ def default_num_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_world_size())
 
 
-def prepare_environment() -> None:
+def prepare_environment(*, fully_sharded: bool = False) -> None:
     """Set what the user has not set.
 
     ``CUDA_DEVICE_MAX_CONNECTIONS``: Megatron asserts the value 1 as soon as tensor or context parallelism
-    is on, although nothing reads it here. ``OMP_NUM_THREADS``: without it every rank starts one thread
-    per core, and several ranks on one machine slow each other down many times over.
+    is on, and with FSDP another one, although nothing reads it here. ``OMP_NUM_THREADS``: without it every
+    rank starts one thread per core, and several ranks on one machine slow each other down many times over.
+
+    Args:
+        fully_sharded: FSDP, Megatron's or PyTorch's, is on; a value of 1 is then replaced.
     """
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if fully_sharded and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "8" if fully_sharded else "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(default_num_threads()))
