@@ -68,17 +68,6 @@ def torchrun(
     )
 
 
-def train(nproc: int, *flags: str, env: dict[str, str] | None = None) -> list[float]:
-    """Train :data:`TINY_MODEL` with the built-in pre-training on the CPU; flags may override its own.
-
-    Returns:
-        The logged losses, see :func:`losses`.
-    """
-    run = torchrun(nproc, ["-m", "megatron_fope", "--cpu", "pretrain", *TINY_MODEL, *flags], env=env)
-    assert run.returncode == 0, run.stdout[-4000:]
-    return losses(run.stdout)
-
-
 def losses(log: str) -> list[float]:
     """The training losses that Megatron logged, in order.
 

@@ -6,12 +6,14 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from launch import ROOT, losses, train
+from forks import Launcher
+from launch import ROOT, TINY_MODEL, losses
 
 from megatron_fope import cpu
 from megatron_fope.cpu import attention
@@ -242,10 +244,24 @@ def _like(part: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 # --- Training -----------------------------------------------------------------------------------------
 
 ROPE = ("--position-embedding-type", "rope")
+Train = Callable[..., list[float]]
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+def train(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Trains the tiny model on a number of ranks with more flags; the losses."""
+    folder = tmp_path_factory.mktemp("logs")
+
+    def run(nproc: int, *flags: str) -> list[float]:
+        code, log = launcher.run(nproc, ["--cpu", "pretrain", *TINY_MODEL, *flags], folder / "log")
+        assert code == 0, log[-4000:]
+        return losses(log)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def start(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Flags that start a run from common weights: pipeline stages seed theirs differently."""
     folder = str(tmp_path_factory.mktemp("start"))
     train(
@@ -264,7 +280,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(start: tuple[str, ...]) -> list[float]:
+def one_rank(train: Train, start: tuple[str, ...]) -> list[float]:
     """Losses of one rank."""
     values = train(1, *start)
     assert len(values) == 3
@@ -284,13 +300,13 @@ def one_rank(start: tuple[str, ...]) -> list[float]:
     ids=["tp-sp", "cp", "pp-vpp", "dp-distopt"],
 )
 def test_layouts_train_alike(
-    num_ranks: int, layout: str, start: tuple[str, ...], one_rank: list[float]
+    num_ranks: int, layout: str, train: Train, start: tuple[str, ...], one_rank: list[float]
 ) -> None:
     assert train(num_ranks, *start, *layout.split()) == pytest.approx(one_rank, abs=1e-5)
 
 
 @pytest.mark.launch
-def test_distributed_optimizer_resumes_exactly(tmp_path: Path) -> None:
+def test_distributed_optimizer_resumes_exactly(train: Train, tmp_path: Path) -> None:
     common = (*ROPE, "--bf16", "--use-distributed-optimizer", "--train-iters", "5")
     whole = train(2, *common)
     train(2, *common, "--save", str(tmp_path), "--save-interval", "2", "--exit-interval", "2")

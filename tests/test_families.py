@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from launch import LATENT, TINY_MODEL, losses, torchrun
+from forks import Launcher
+from launch import LATENT, TINY_MODEL, losses
 
 pytestmark = pytest.mark.launch
 
@@ -83,16 +84,16 @@ FAMILIES = {
 }
 
 
-def train(folder: Path, nproc: int, flags: str) -> str:
+def train(launcher: Launcher, folder: Path, nproc: int, flags: str) -> str:
     """The log of a run in the real loop."""
     flags = flags.replace("layers.json", str(folder / "layers.json"))
     model = list(TINY_MODEL)
     if "--multi-latent-attention" in flags:
         model.remove("--group-query-attention")
-    command = ["-m", "megatron_fope", "--cpu", "pretrain", *model, "--position-embedding-type", "fope"]
-    run = torchrun(nproc, [*command, "--train-iters", str(ITERS), *flags.split()])
-    assert run.returncode == 0, run.stdout[-6000:]
-    return run.stdout
+    command = ["--cpu", "pretrain", *model, "--position-embedding-type", "fope", "--train-iters", str(ITERS)]
+    code, log = launcher.run(nproc, [*command, *flags.split()], folder / "log")
+    assert code == 0, log[-6000:]
+    return log
 
 
 def logged(log: str, name: str) -> list[float]:
@@ -100,16 +101,16 @@ def logged(log: str, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_family_trains_alike_on_one_rank_and_on_two(name: str, tmp_path: Path) -> None:
+def test_family_trains_alike_on_one_rank_and_on_two(name: str, launcher: Launcher, tmp_path: Path) -> None:
     family = FAMILIES[name]
     for file, content in family.files.items():
         (tmp_path / file).write_text(json.dumps(content))
     flags = family.flags
     if family.common_start:
-        train(tmp_path, 1, f"{flags} --train-iters 2 --save-interval 2 --save {tmp_path}")
+        train(launcher, tmp_path, 1, f"{flags} --train-iters 2 --save-interval 2 --save {tmp_path}")
         flags += f" --load {tmp_path} --finetune --no-load-optim --no-load-rng"
-    one = train(tmp_path, 1, flags)
-    two = train(tmp_path, 2, f"{flags} {TWO_RANKS} {family.second_rank}")
+    one = train(launcher, tmp_path, 1, flags)
+    two = train(launcher, tmp_path, 2, f"{flags} {TWO_RANKS} {family.second_rank}")
 
     for log in (one, two):
         assert f"> FoPE: {family.layers}\n" in log
