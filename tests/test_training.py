@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Launcher
 from launch import ROOT, TINY_MODEL, losses, torchrun
 
 from megatron_fope.config import FoPEConfig
@@ -39,8 +40,9 @@ class Run:
 class Trainer:
     """Trains the tiny model on prepared text."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, launcher: Launcher) -> None:
         self.folder = folder
+        self._launcher = launcher
         data = prepare_data(ROOT / "tests", folder / "text", include=["*.py"], show_progress=False)
         self.prefix = data.train.prefix
         self.flags = [f for f in TINY_MODEL if f != "--mock-data"] + list(data.train_flags)
@@ -53,48 +55,40 @@ class Trainer:
         name: str,
         *flags: str,
         nproc: int = 1,
-        entry: tuple[str, ...] = ("-m", "megatron_fope", "--cpu", "pretrain"),
+        entry: tuple[str, ...] | None = None,
         check: bool = True,
     ) -> Run:
+        """Train; with an ``entry``, under ``torchrun`` and by this command, otherwise by the fork server."""
         folder = self.folder / name
-        done = torchrun(
-            nproc,
-            [
-                *entry,
-                *self.flags,
-                "--train-iters",
-                "4",
-                "--save",
-                str(folder),
-                "--save-interval",
-                "4",
-                *flags,
-            ],
-        )
-        if check:
-            assert done.returncode == 0, done.stdout[-6000:]
-        return Run(done.stdout, folder)
+        argv = [*self.flags, "--train-iters", "4", "--save", str(folder), "--save-interval", "4", *flags]
+        if entry:
+            done = torchrun(nproc, [*entry, *argv])
+            code, log = done.returncode, done.stdout
+        else:
+            code, log = self._launcher.run(nproc, ["--cpu", "pretrain", *argv], self.folder / "log")
+        assert code == 0 or not check, log[-6000:]
+        return Run(log, folder)
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    return Trainer(tmp_path_factory.mktemp("training"))
+def trainer(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Trainer:
+    return Trainer(tmp_path_factory.mktemp("training"), launcher)
 
 
+BUILT_IN = ("-m", "megatron_fope", "--cpu", "pretrain")
 FOPE = ("--position-embedding-type", "fope")
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 
 
 @pytest.fixture(scope="module")
 def one_rank(trainer: Trainer) -> Run:
-    return trainer.run(
-        "one_rank", *FOPE, "--save-interval", "2", "--tensorboard-dir", str(trainer.folder / "tensorboard")
-    )
+    board = ("--tensorboard-dir", str(trainer.folder / "tensorboard"))
+    return trainer.run("one_rank", *FOPE, "--save-interval", "2", *board, entry=BUILT_IN)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(trainer: Trainer) -> Run:
-    return trainer.run("two_ranks", *FOPE, *TP2, nproc=2)
+    return trainer.run("two_ranks", *FOPE, *TP2, nproc=2, entry=BUILT_IN)
 
 
 def stored(run: Run, name: str, iteration: int = 4) -> torch.Tensor:
