@@ -13,7 +13,6 @@ from megatron_fope.arguments import (
     fope_config_from_args,
     fope_config_of_checkpoint,
     given_fope_arguments,
-    num_kv_heads_of,
 )
 from megatron_fope.checkpoint_starts import (
     check_outgrown,
@@ -23,6 +22,7 @@ from megatron_fope.checkpoint_starts import (
 )
 from megatron_fope.config import FoPEConfig, flag
 from megatron_fope.errors import UserError
+from megatron_fope.host_arguments import num_kv_heads_of
 
 
 def position_type_if_given(args: Any) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from megatron_fope import anneal
-from megatron_fope.arguments import FOPE, GROW, START_FROM_ROPE, fope_config_from_args, head_dim_of
+from megatron_fope.arguments import FOPE, GROW, START_FROM_ROPE, fope_config_from_args
 from megatron_fope.checkpoint import (
     describe_error,
     find_damage,
@@ -35,6 +35,7 @@ from megatron_fope.checkpoint_starts import begin_annealing, outgrown_config, st
 from megatron_fope.config import FoPEConfig
 from megatron_fope.embedding import KEEP, Outgrown
 from megatron_fope.errors import UserError
+from megatron_fope.host_arguments import head_dim_of
 from megatron_fope.log import announce, is_rank0
 
 

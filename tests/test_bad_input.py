@@ -104,6 +104,17 @@ SETTINGS = {
         "--fope-learnable is given",
         "--no-fope-shared-layers",
     ),
+    "growth of sharded checkpoints": case(
+        "--fope-grow --use-torch-fsdp2 --ckpt-format torch_dcp --untie-embeddings-and-output-weights",
+        "--ckpt-format is torch_dcp",
+        "allowed: torch_dist, torch",
+    ),
+    "start from sharded checkpoints": case(
+        "--fope-start-from-rope immediate --ckpt-format torch_dcp --use-torch-fsdp2 "
+        "--untie-embeddings-and-output-weights",
+        "--ckpt-format is torch_dcp",
+        "--fope-start-from-rope",
+    ),
     "fope flag with rope": case(
         "--fope-gain 0.3", "--fope-gain is 0.3", "--position-embedding-type is 'rope'", "fope", position=ROPE
     ),

@@ -15,9 +15,9 @@ import pytest
 from forks import Launcher
 from launch import ROOT, TINY_MODEL
 
-from megatron_fope.arguments import check_layout
 from megatron_fope.cli import main
 from megatron_fope.errors import UserError
+from megatron_fope.host_arguments import check_layout
 from megatron_fope.planning.activations import activations, in_flight
 from megatron_fope.planning.cluster import Cluster
 from megatron_fope.planning.communication import communication, cp_bytes

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from megatron_fope import UserError
 from megatron_fope.anneal import is_annealed
-from megatron_fope.arguments import fope_config_of_checkpoint, num_kv_heads_of
+from megatron_fope.arguments import fope_config_of_checkpoint
 from megatron_fope.conversion.source import Checkpoint, is_optimizer, open_checkpoint
 from megatron_fope.errors import exit_on_user_error
+from megatron_fope.host_arguments import num_kv_heads_of
 
 MODELING = Path(__file__).with_name("modeling_fope_llama.py")
 

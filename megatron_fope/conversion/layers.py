@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fope.arguments import head_dim_of, num_kv_heads_of
 from megatron_fope.config import FoPEConfig
 from megatron_fope.conversion.source import Checkpoint, is_optimizer
 from megatron_fope.errors import UserError
+from megatron_fope.host_arguments import head_dim_of, num_kv_heads_of
 
 _PROJECTION = re.compile(r"(.*\.)self_attention\.(?:linear_qkv|linear_kv_down_proj)\.weight")
 """Every self-attention has one of them; the second is that of multi-latent attention."""

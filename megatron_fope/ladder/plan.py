@@ -28,17 +28,16 @@ from megatron_fope.arguments import (
     GROW,
     START_FROM_ROPE,
     STARTS,
-    check_layout,
     check_start_flags,
     fope_config_from_args,
     fope_config_of_checkpoint,
-    head_dim_of,
     resolve_fope_arguments,
 )
 from megatron_fope.checkpoint import TRACKER
 from megatron_fope.checkpoint_arguments import check_against_checkpoint, check_legacy_layout
 from megatron_fope.config import flag
 from megatron_fope.errors import UserError
+from megatron_fope.host_arguments import check_layout, head_dim_of
 from megatron_fope.ladder.schedule import OWNED, Schedule, Stage
 from megatron_fope.megatron_flags import megatron_parser, parse
 

@@ -6,9 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fope.arguments import FOPE, fope_config_from_args, head_dim_of, num_kv_heads_of
+from megatron_fope.arguments import FOPE, fope_config_from_args
 from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError
+from megatron_fope.host_arguments import head_dim_of, num_kv_heads_of
 
 _UNPLANNED = {
     "hybrid_layer_pattern": "hybrid models",

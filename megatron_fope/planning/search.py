@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_fope import compat
-from megatron_fope.arguments import check_layout
 from megatron_fope.errors import UserError
+from megatron_fope.host_arguments import check_layout
 from megatron_fope.planning.activations import Activations, activations
 from megatron_fope.planning.cluster import Cluster
 from megatron_fope.planning.communication import Communication, communication
