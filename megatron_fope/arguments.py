@@ -10,7 +10,7 @@ from typing import Any
 from megatron_fope.config import GROWTHS, IMPLEMENTATIONS, PADDINGS, PROFILES, SCALINGS, FoPEConfig, flag
 from megatron_fope.errors import UserError, exit_on_user_error
 from megatron_fope.functional import INITIALIZATIONS
-from megatron_fope.host_arguments import check_layout, head_dim_of
+from megatron_fope.host_arguments import CHECKPOINT_FORMATS, check_layout, head_dim_of
 from megatron_fope.implementation import check_available
 
 FOPE = "fope"
@@ -305,11 +305,11 @@ def check_start_flags(args: Any) -> None:
     start, given = getattr(args, "fope_start_from_rope", None), given_fope_arguments(args)
     if start is not None and start not in STARTS:
         raise UserError(f"{START_FROM_ROPE} is {start!r}; allowed: {', '.join(STARTS)}")
-    kind = getattr(args, "ckpt_format", None) or "torch_dist"
-    if (start or getattr(args, "fope_grow", False)) and kind not in ("torch_dist", "torch"):
+    kind = getattr(args, "ckpt_format", None) or CHECKPOINT_FORMATS[0]
+    if (start or getattr(args, "fope_grow", False)) and kind not in CHECKPOINT_FORMATS:
         raise UserError(
             f"--ckpt-format is {kind}, with which {START_FROM_ROPE} and {flag('grow')} were never tried; "
-            "allowed: torch_dist, torch"
+            f"allowed: {', '.join(CHECKPOINT_FORMATS)}"
         )
     iterations = given.get("anneal_iters", 0)
     if start == "function-preserving":

@@ -35,7 +35,7 @@ from megatron_fope.checkpoint_starts import begin_annealing, outgrown_config, st
 from megatron_fope.config import FoPEConfig
 from megatron_fope.embedding import KEEP, Outgrown
 from megatron_fope.errors import UserError
-from megatron_fope.host_arguments import head_dim_of
+from megatron_fope.host_arguments import CHECKPOINT_FORMATS, head_dim_of
 from megatron_fope.log import announce, is_rank0
 
 
@@ -83,7 +83,7 @@ class _Loading:
         """The iteration that Megatron will load, or None where its files are not for us to judge."""
         remote = self.load_dir is None or "://" in str(self.load_dir)
         local = getattr(self.args, "non_persistent_ckpt_type", None) is not None
-        if remote or local or self.args.ckpt_format not in ("torch_dist", "torch"):
+        if remote or local or self.args.ckpt_format not in CHECKPOINT_FORMATS:
             return None
         return getattr(self.args, "ckpt_step", None) or tracked_iteration(self.load_dir)
 

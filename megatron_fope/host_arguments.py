@@ -6,6 +6,9 @@ from typing import Any
 
 from megatron_fope.errors import UserError
 
+CHECKPOINT_FORMATS = ("torch_dist", "torch")
+"""Values of ``--ckpt-format`` whose files FoPE looks into: for damage, and to start from another model."""
+
 
 def head_dim_of(args: Any) -> int | None:
     """Channels of a head that are rotated; None while the model's size is not known."""

@@ -68,6 +68,12 @@ class Launcher:
         assert answer, "the server died"
         return json.loads(answer)["code"], log.read_text(errors="replace")
 
+    def output(self, nproc: int, argv: list[str], log: Path, *, hook: str = "") -> str:
+        """What :meth:`run` logs when it must succeed."""
+        code, text = self.run(nproc, argv, log, hook=hook)
+        assert code == 0, text[-6000:]
+        return text
+
 
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")

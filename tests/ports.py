@@ -16,6 +16,5 @@ def free_port() -> int:
     while True:
         port = _chance.choice(BELOW_THE_EPHEMERAL)
         with socket.socket() as probe:
-            if probe.connect_ex(("localhost", port)) == 0:
-                continue
-        return port
+            if probe.connect_ex(("localhost", port)) != 0:
+                return port

@@ -20,11 +20,11 @@ from megatron_fope.config import PROFILES, FoPEConfig
 
 README = (ROOT / "README.md").read_text()
 ARGUMENTS = (ROOT / "examples" / "guide" / "arguments.md").read_text()
+ROWS = [line for line in ARGUMENTS.splitlines() if line.startswith("| `--fope-")]
 
 
 def test_every_flag_is_in_the_argument_table() -> None:
-    rows = [line for line in ARGUMENTS.splitlines() if line.startswith("| `--fope-")]
-    documented = {flag for row in rows for flag in re.findall(r"--fope-[a-z-]+", row.split("|")[1])}
+    documented = {flag for row in ROWS for flag in re.findall(r"--fope-[a-z-]+", row.split("|")[1])}
     known = add_fope_arguments(argparse.ArgumentParser())._option_string_actions
     assert documented == {flag for flag in known if flag.startswith("--fope-")}
 
@@ -39,7 +39,7 @@ def show(value: object) -> str:
 
 
 def test_defaults_in_the_argument_table() -> None:
-    for row in (line for line in ARGUMENTS.splitlines() if line.startswith("| `--fope-")):
+    for row in ROWS:
         names, default = row.split("|")[1:3]
         names = re.findall(r"--fope-([a-z-]+)", names)
         if len(names) != 1:

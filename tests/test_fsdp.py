@@ -37,7 +37,7 @@ CASES = [
     *((model, way, 2) for model in ("bf16", "learnable") for way in ("FSDP2", "Megatron optim_grads_params")),
     ("float32", "Megatron optim_grads_params", 4),
 ]
-"""Model, way, ranks; four of them are TP 2 with SP."""
+"""Model, way, ranks; four ranks are TP 2 with SP, DP 2."""
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> di
     found = {}
     for model, flags in MODELS.items():
         log = tmp_path_factory.mktemp("one") / "log"
-        code, text = launcher.run(1, ["--cpu", "pretrain", *MODEL, *flags.split()], log)
-        assert code == 0, text[-4000:]
-        found[model] = losses(text)
+        found[model] = losses(launcher.output(1, ["--cpu", "pretrain", *MODEL, *flags.split()], log))
     assert len({tuple(curve) for curve in found.values()}) == 3, "the models differ"
     return found
 
@@ -57,9 +55,7 @@ def test_losses_are_those_of_one_rank(
     model: str, way: str, ranks: int, one_rank: dict[str, list[float]], launcher: Launcher, tmp_path: Path
 ) -> None:
     flags = [*shlex.split(WAYS[way]), *MODELS[model].split(), *(TP2 if ranks == 4 else ())]
-    code, log = launcher.run(ranks, ["--cpu", "pretrain", *MODEL, *flags], tmp_path / "log")
-    assert code == 0, log[-4000:]
-    found = losses(log)
+    found = losses(launcher.output(ranks, ["--cpu", "pretrain", *MODEL, *flags], tmp_path / "log"))
     assert len(found) == 4 and found == pytest.approx(one_rank[model], abs=2e-3 if model == "bf16" else 1e-5)
 
 
@@ -67,8 +63,6 @@ def test_losses_are_those_of_one_rank(
 def test_learnable_coefficients_in_16_bits_are_refused(way: str, launcher: Launcher, tmp_path: Path) -> None:
     flags = [*shlex.split(WAYS[way]), "--bf16", "--fope-learnable"]
     code, log = launcher.run(2, ["--cpu", "pretrain", *MODEL, *flags], tmp_path / "log")
-    name = flags[0]
-    assert code == 2 and f"error: --fope-learnable and --bf16 are given with {name}, which" in log, log[
-        -4000:
-    ]
+    message = f"error: --fope-learnable and --bf16 are given with {flags[0]}, which"
+    assert code == 2 and message in log, log[-4000:]
     assert "Traceback" not in log

@@ -320,8 +320,7 @@ def test_a_real_ladder_with_resume(
 ) -> None:
     base = tmp_path / "base"
     flags = [*TINY_MODEL, "--position-embedding-type", "rope", "--train-iters", "2", "--save", str(base)]
-    code, log = launcher.run(1, ["--cpu", "pretrain", *flags, "--save-interval", "2"], tmp_path / "log")
-    assert code == 0, log[-4000:]
+    launcher.output(1, ["--cpu", "pretrain", *flags, "--save-interval", "2"], tmp_path / "log")
     whole, broken = (Ladder(tmp_path / name, base, launcher) for name in ("whole", "broken"))
 
     monkeypatch.setattr(execution, "_call", whole.call)

@@ -55,8 +55,8 @@ MODELS = {
     ),
 }
 POSITIONS = ("rope", "fope")
-CONTINUED = {"dense_8b": "dense_8b rope", "dense_70b": "dense_70b fope", "moe_8x7b": "moe_8x7b fope"}
-"""A script of ``context_extension/``, and which run it continues."""
+CONTINUED = {"dense_8b": "rope", "dense_70b": "fope", "moe_8x7b": "fope"}
+"""Scripts of ``context_extension/``, and which of their models' runs they continue."""
 SIZES = {
     "tensor": "tensor_model_parallel_size",
     "pipeline": "pipeline_model_parallel_size",
@@ -254,15 +254,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> dict[s
         if not save:  # the writers of a checkpoint take longer than the training
             at = argv.index("--save")
             del argv[at : at + 2]
-        code, log = launcher.run(2, argv, folder / "log")
-        assert code == 0, (name, log[-4000:])
-        found[name] = Finished(log, folder / "checkpoints")
+        found[name] = Finished(launcher.output(2, argv, folder / "log"), folder / "checkpoints")
 
     for name in MODELS:
-        run(f"{name} fope", path(name), save=name in ("gpt_60m", "dense_70b", "moe_8x7b"))
+        run(f"{name} fope", path(name), save=name == "gpt_60m" or CONTINUED.get(name) == "fope")
     run("dense_8b rope", path("dense_8b"), save=True, POSITION="rope")
-    for name, source in CONTINUED.items():
-        variables = {"CHECKPOINT": str(found[source].checkpoints), "SEQ_LENGTH": "256"}
+    for name, position in CONTINUED.items():
+        variables = {"CHECKPOINT": str(found[f"{name} {position}"].checkpoints), "SEQ_LENGTH": "256"}
         run(f"{name} continued", f"context_extension/{name}.sh", save=False, **variables)
     return found
 
@@ -291,7 +289,7 @@ def test_the_twins_differ_in_the_position_embedding_only(runs: dict[str, Finishe
 def test_a_trained_model_is_continued_at_a_longer_length(name: str, runs: dict[str, Finished]) -> None:
     """The scripts of both folders fit each other: shape, rotary base, another layout."""
     log = runs[f"{name} continued"].log
-    if CONTINUED[name].endswith("rope"):
+    if CONTINUED[name] == "rope":
         assert "the coefficients are fresh (seed 1234)" in log and "is a RoPE model" in log
     else:
         assert "the coefficients grow (aligned) from train length 128 to 256" in log

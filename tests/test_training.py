@@ -12,6 +12,7 @@ import pytest
 import torch
 from forks import Launcher
 from launch import ROOT, TINY_MODEL, losses, torchrun
+from trainer import FOPE, TP2
 
 from megatron_fope.config import FoPEConfig
 from megatron_fope.data import prepare_data
@@ -76,8 +77,6 @@ def trainer(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Tra
 
 
 BUILT_IN = ("-m", "megatron_fope", "--cpu", "pretrain")
-FOPE = ("--position-embedding-type", "fope")
-TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,7 @@ def add_argument_defaults(argv: list[str]) -> list[str]:
         )
 
     completed = list(argv)
-    for flag, value in REQUIRED_FLAGS + MEGATRON_FSDP_FLAGS * megatron_fsdp:
+    for flag, value in (*REQUIRED_FLAGS, *(MEGATRON_FSDP_FLAGS if megatron_fsdp else ())):
         if flag not in given:
             completed += [flag] if value is None else [flag, value]
     prepare_environment(fully_sharded=megatron_fsdp or "--use-torch-fsdp2" in given)

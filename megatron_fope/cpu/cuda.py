@@ -241,7 +241,7 @@ def _make_meshes_of_the_cpu() -> None:
     from_group = DeviceMesh.from_group
 
     def from_group_on_cpu(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
-        return from_group(group, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+        return from_group(group, "cpu" if _names_cuda(device_type) else device_type, *args, **kwargs)
 
     DeviceMesh.from_group = staticmethod(from_group_on_cpu)
 

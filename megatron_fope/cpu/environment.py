@@ -25,7 +25,7 @@ def prepare_environment(*, fully_sharded: bool = False) -> None:
     Args:
         fully_sharded: FSDP, Megatron's or PyTorch's, is on; a value of 1 is then replaced.
     """
-    if fully_sharded and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+    if fully_sharded and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1") == "1":
         os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "8" if fully_sharded else "1")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(default_num_threads()))

@@ -19,7 +19,6 @@ import platform
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,12 +26,14 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import outcomes
 import report
 import selection
 from outcomes import FAILED, Outcome
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIX = f"{selection.UNIT_TESTS.as_posix()}/"
@@ -155,9 +156,7 @@ class Runner:
         return [replace(outcome, test=outcome.test.removeprefix(PREFIX)) for outcome in done.values()]
 
     def _start(self, position: str, only: list[str] | None) -> tuple[list[list[dict]], str]:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             (folder / "outcomes").mkdir()
