@@ -20,7 +20,7 @@ help:
 	@echo "make reshard  every layout's checkpoint loaded by every other (half an hour)"
 	@echo "make bench  speed, memory and step time beside RoPE; BENCH_OUT=out/bench"
 	@echo "make bench-gpu  the kernels' tests, then the same on a GPU"
-	@echo "make test-gpu  Transformer Engine, FP8 and CUDA graphs on one GPU (examples/guide/gpu.md)"
+	@echo "make test-gpu  Transformer Engine, FP8 and CUDA graphs on one GPU (docs/gpu.md)"
 	@echo "make upstream-tests MEGATRON_LM=/path/to/Megatron-LM"
 	@echo "            its own unit tests with FoPE in RoPE's place (half an hour)"
 	@echo "make lint   ruff"

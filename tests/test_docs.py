@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 from launch import ROOT, torchrun
+from test_guide import PAGES
 
 from megatron_fope import __all__, __version__
 from megatron_fope.arguments import add_fope_arguments
 from megatron_fope.config import PROFILES, FoPEConfig
 
 README = (ROOT / "README.md").read_text()
-ARGUMENTS = (ROOT / "examples" / "guide" / "arguments.md").read_text()
+QUICK_START = (ROOT / "docs" / "quick-start.md").read_text()
+ARGUMENTS = (ROOT / "docs" / "flags.md").read_text()
 ROWS = [line for line in ARGUMENTS.splitlines() if line.startswith("| `--fope-")]
 
 
@@ -61,7 +63,7 @@ def anchors(document: Path) -> set[str]:
 
 
 def test_links_lead_somewhere() -> None:
-    for document in (ROOT / "README.md", *ROOT.glob("examples/**/*.md"), *ROOT.glob("patches/*.md")):
+    for document in PAGES:
         for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
             if target.startswith("https://"):
                 continue
@@ -72,17 +74,22 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_demo_table_is_the_committed_report() -> None:
-    """No number in the README that the committed run did not produce."""
+    """No number in the README or the quick start that the committed run did not produce."""
     report = json.loads((ROOT / "examples" / "demo" / "report.json").read_text())
-    table = README.split("<!-- demo-table -->")[1].split("**What you should see")[0]
-    rows = [re.findall(r"[\d.]+", line) for line in table.splitlines() if re.match(r"\| *\d", line)]
     rope, fope = (report["checkpoints"][name]["results"] for name in ("RoPE", "FoPE"))
     expected = [
         [str(a["length"]), f"{a['perplexity']:.2f}", f"{b['perplexity']:.2f}"]
         for a, b in zip(rope, fope, strict=True)
     ]
-    assert rows == expected
-    assert report["run"]["commit"] in table and report["run"]["command"] in table
+    for page, shown in ((QUICK_START, expected), (README, expected[1::2])):
+        table = page.split("<!-- demo-table -->")[1].split("##")[0]
+        rows = [re.findall(r"[\d.]+", line) for line in table.splitlines() if re.match(r"\| *\d", line)]
+        assert rows == shown
+        assert report["run"]["commit"] in table and report["run"]["command"] in table
+
+
+def test_the_readme_is_one_screen() -> None:
+    assert len(README.splitlines()) <= 90 and len(README.split()) <= 650
 
 
 def test_versions_agree() -> None:

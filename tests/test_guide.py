@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from launch import ROOT
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("examples/**/*.md")), *sorted(ROOT.glob("patches/**/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *(page for folder in ("docs", "examples", "patches") for page in sorted(ROOT.glob(f"{folder}/**/*.md"))),
+]
 _BLOCK = re.compile(r"(?:<!-- (?P<mark>.+) -->\n)?```(?:bash|sh|console)\n(?P<commands>[\s\S]*?)```")
 
 
@@ -42,6 +45,7 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": "1",
         "EXAMPLES": str(ROOT / "examples"),
+        "DOCS": str(ROOT / "docs"),
         "PACKAGE": str(ROOT / "megatron_fope"),
     }
     done = subprocess.run(

@@ -14,9 +14,7 @@ GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device is visible")
 needs_transformer_engine = pytest.mark.skipif(
     not GPU or importlib.util.find_spec("transformer_engine") is None,
-    reason="no CUDA device is visible"
-    if not GPU
-    else "transformer_engine is not installed; see examples/guide/gpu.md",
+    reason="no CUDA device is visible" if not GPU else "transformer_engine is not installed; see docs/gpu.md",
 )
 
 

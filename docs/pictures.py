@@ -1,4 +1,4 @@
-"""The pictures of how-it-works.md, from the formula: ``python examples/guide/pictures.py [FOLDER]``."""
+"""The pictures of how-it-works.md, from the formula: ``python docs/pictures.py [FOLDER]``."""
 
 from __future__ import annotations
 
