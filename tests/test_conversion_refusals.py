@@ -108,7 +108,7 @@ def test_bad_input(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     argv, message = BAD[case]
     assert message.format(tmp_path) in refusal(capsys, "convert", *argv(tmp_path))
     assert [source.contents() for source in sources] == before
-    assert not list(tmp_path.glob("new/*")) and not list(tmp_path.glob("*.tmp-*"))
+    assert not list(tmp_path.glob("new/*")) and not list(tmp_path.glob(".new.*"))
 
 
 def cut(path: Path) -> None:
@@ -236,10 +236,12 @@ def test_killed_in_the_middle(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL
     assert source.contents() == before and not (tmp_path / "new").exists()
-    (left,) = tmp_path.glob("new.tmp-*")
-    assert f"no {LATEST} there" in refusal(capsys, "inspect", left), "what is left does not load"
+    (left,) = tmp_path.glob(".new.partial-*")
+    assert f"no {LATEST} there" in refusal(capsys, "inspect", left / "new"), "what is left does not load"
     assert main("convert", source.folder, tmp_path / "new") == 0
-    assert f"left by an interrupted conversion, can be deleted: {left}" in capsys.readouterr().out
+    line = f"left by an interrupted conversion to TARGET, unless one is still running: {left}"
+    assert line in capsys.readouterr().out
+    assert left.is_dir(), "it may be somebody's who is still at work"
 
 
 def test_changed_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +255,6 @@ def test_changed_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         os.utime(file)
 
     monkeypatch.setattr(writing, "_link", link_and_touch)
-    with pytest.raises(UserError, match="was changed while it was converted"):
+    with pytest.raises(UserError, match="was changed meanwhile"):
         convert(source.folder, tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rope"]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from megatron_fope.arguments import fope_config_of_checkpoint
 from megatron_fope.conversion.source import Checkpoint, is_optimizer, open_checkpoint
 from megatron_fope.errors import exit_on_user_error
 from megatron_fope.host_arguments import num_kv_heads_of
+from megatron_fope.staging import staging_folder
 
 MODELING = Path(__file__).with_name("modeling_fope_llama.py")
 
@@ -98,19 +98,19 @@ def export(checkpoint: str | Path, out: str | Path, iteration: int | None = None
         raise UserError(f"OUT is {str(out)!r}, which exists; allowed: a new folder")
     source = open_checkpoint(checkpoint, iteration, name="CHECKPOINT")
     config = describe(source)
-    staging = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     try:
-        staging.mkdir(parents=True)
-        save_file(dict(weights(source, config)), staging / "model.safetensors", {"format": "pt"})
-        if "auto_map" in config:
-            shutil.copyfile(MODELING, staging / MODELING.name)
-        # Last: without it nothing loads.
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        staging.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with staging_folder(out) as staging:
+            new = staging / out.name
+            new.mkdir()
+            save_file(dict(weights(source, config)), new / "model.safetensors", {"format": "pt"})
+            if "auto_map" in config:
+                shutil.copyfile(MODELING, new / MODELING.name)
+            # Last: without it nothing loads.
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            new.rename(out)
     except OSError as error:
         raise UserError(f"OUT is {str(out)!r}: it cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return out
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import datetime
 import importlib.metadata
+import io
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 
 from megatron_fope import __version__
 from megatron_fope.errors import UserError
+from megatron_fope.staging import write_text
 
 FACTS = ("machine", "torch", "triton", "megatron", "commit", "date")
 """Where, with what and when: the last columns of every file."""
@@ -81,12 +82,11 @@ def update(path: Path, columns: tuple[str, ...], measured: tuple[str, ...], rows
     merged = {tuple(row[name] for name in key_columns): row for row in read(path, columns)}
     merged |= {tuple(row[name] for name in key_columns): row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(merged.values())
-    os.replace(temporary, path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(merged.values())
+    write_text(path, text.getvalue())
 
 
 def read(path: Path, columns: tuple[str, ...]) -> list[Row]:

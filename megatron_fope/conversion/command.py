@@ -68,7 +68,7 @@ def run_convert(args: argparse.Namespace) -> int:
         **given_fope_arguments(args),
     )
     for folder in done.leftovers:
-        print(f"left by an interrupted conversion, can be deleted: {folder}")
+        print(f"left by an interrupted conversion to TARGET, unless one is still running: {folder}")
     before, after = done.position_embedding_type
     lengths = done.train_length
     print(

@@ -13,6 +13,7 @@ from megatron_fope.conversion import settings, writing
 from megatron_fope.conversion.layers import attention_layers, fresh_parts, geometry, grown_parts
 from megatron_fope.conversion.source import Checkpoint, open_checkpoint
 from megatron_fope.errors import UserError
+from megatron_fope.staging import leftovers
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Conversion:
     written_bytes: int
     seconds: float
     leftovers: tuple[Path, ...]
-    """What interrupted conversions to the same target left beside it; can be deleted."""
+    """Hidden folders of other conversions to the same target: interrupted, or still at work."""
 
 
 def convert(
@@ -100,7 +101,7 @@ def convert(
         seq_length=seq_length,
         start=start,
     )
-    left = writing.leftovers(target)
+    left = leftovers(target)
     removed = _removed(checkpoint, plan.old)
     parts = _parts(checkpoint, plan)
     written = writing.write(checkpoint, target, plan.args, removed, parts, link=link)

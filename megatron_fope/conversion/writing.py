@@ -26,6 +26,7 @@ from megatron_fope.conversion import inert
 from megatron_fope.conversion.layers import Part
 from megatron_fope.conversion.source import COMMON_ENTRY, COMMON_FILE, Checkpoint
 from megatron_fope.errors import UserError
+from megatron_fope.staging import staging_folder
 
 LINKS = ("auto", "hard", "symbolic", "copy")
 """How data files get into the new folder; auto: hard links, or symbolic ones on another file system."""
@@ -47,11 +48,6 @@ class Written:
     written_bytes: int = 0
     tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of the tensors that were written, by name."""
-
-
-def leftovers(target: Path) -> list[Path]:
-    """What interrupted conversions to the same target left behind."""
-    return sorted(target.parent.glob(f"{target.name}.tmp-*"))
 
 
 def write(
@@ -76,24 +72,24 @@ def write(
     Raises:
         UserError: the disk is full, files cannot be linked, or the source changed meanwhile. Nothing is left.
     """
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     before = _state_of_files(source)
     try:
-        written = _build(source, temporary, args, set(removed), parts, link)
-        if _state_of_files(source) != before:
-            raise UserError(f"SOURCE {str(source.folder)!r} was changed while it was converted; try again")
-        if os.path.lexists(target):
-            raise UserError(f"TARGET is {str(target)!r}: it was made meanwhile; allowed: a new folder")
-        temporary.rename(target)
+        with staging_folder(target) as folder:
+            new = folder / target.name
+            written = _build(source, new, args, set(removed), parts, link)
+            if _state_of_files(source) != before:
+                raise UserError(
+                    f"SOURCE {str(source.folder)!r} was changed while it was converted; try again"
+                )
+            if os.path.lexists(target):
+                raise UserError(f"TARGET is {str(target)!r}: it was made meanwhile; allowed: a new folder")
+            new.rename(target)
         _sync(target.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(
-                f"TARGET is {str(target)!r}: it cannot be written ({error.strerror or error}); nothing was "
-                "left there"
-            ) from error
-        raise
+    except OSError as error:
+        raise UserError(
+            f"TARGET is {str(target)!r}: it cannot be written ({error.strerror or error}); nothing was left "
+            "there"
+        ) from error
     return written
 
 

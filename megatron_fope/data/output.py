@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_fope import staging
 from megatron_fope.data.readers import Source
 from megatron_fope.errors import UserError
 
@@ -64,17 +63,13 @@ def staging_folder(prefix: Path) -> Iterator[Path]:
     Raises:
         UserError: writing in it failed.
     """
-    staging: Path | None = None
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{prefix.name}.partial-", dir=prefix.parent))
-        yield staging
+        with staging.staging_folder(prefix) as folder:
+            yield folder
     except OSError as error:
         # The readers turn their own OSError into a BadDocument, so this one is about the output.
         raise UserError(f"--output-prefix: cannot write {prefix} ({error.strerror or error})") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 def move_into_place(staged: Sequence[str], prefixes: Sequence[str]) -> None:
