@@ -234,7 +234,10 @@ def test_bytes_of_context_parallelism(parse: Any) -> None:
 
     assert sent("") == 3 * 7 * key_and_value
     assert sent("--cp-comm-type a2a") == 2 * 7 / 8 * (key_and_value + query_and_output)
-    assert sent("--recompute-granularity full --recompute-method uniform") == 4 * 7 * key_and_value
+    assert (
+        sent("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
+        == 4 * 7 * key_and_value
+    )
     half = 7 / 8 * 2 * (key_and_value + query_and_output) + 3 * 7 * key_and_value
     assert sent("--cp-comm-type p2p a2a") * 2 == half
     both = "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 4"
@@ -414,7 +417,10 @@ assert "torch" not in sys.modules
         ),
         ("--context-parallel-size 2 --seq-length 8190", "--context-parallel-size is 2; allowed: twice of it"),
         ("--pipeline-model-parallel-size 2 --global-batch-size 20", "--global-batch-size is 20"),
-        ("--tensor-model-parallel-size 8 --context-parallel-size 2 --cp-comm-type a2a", "does not divide"),
+        (
+            "--tensor-model-parallel-size 8 --context-parallel-size 2 --cp-comm-type a2a",
+            "with a2a: 2 ranks must",
+        ),
         ("--num-query-groups 5", "--num-query-groups is 5"),
         ("--num-layers 0", "--num-layers is 0"),
         ("--optimizer sgd", "--optimizer is 'sgd'"),

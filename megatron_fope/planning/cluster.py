@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from megatron_fope.errors import UserError
 
 GPUS = {"a100-40gb": 39, "a100": 79, "l40s": 44, "h100": 79, "h200": 139, "b200": 178}
 """GiB that CUDA reports for a GPU, rounded down."""
+
+_MOST = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,11 @@ class Cluster:
     """Share of a GPU's memory that a plan leaves free for what it does not count."""
 
     def __post_init__(self) -> None:
-        if self.gpus < 1:
-            raise UserError(f"--gpus is {self.gpus}; allowed: 1 or more")
-        if not (math.isfinite(self.gpu_memory) and self.gpu_memory > 0):
-            raise UserError(f"--gpu-memory is {self.gpu_memory:g}; allowed: more than 0 (GiB)")
-        if self.gpus_per_node < 1:
-            raise UserError(f"--gpus-per-node is {self.gpus_per_node}; allowed: 1 or more")
+        for flag, number in (("--gpus", self.gpus), ("--gpus-per-node", self.gpus_per_node)):
+            if not 1 <= number <= _MOST:
+                raise UserError(f"{flag} is {number}; allowed: 1 to {_MOST}")
+        if not 0 < self.gpu_memory <= _MOST:
+            raise UserError(f"--gpu-memory is {self.gpu_memory:g}; allowed: more than 0 to {_MOST} (GiB)")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
             raise UserError(
                 f"--gpus is {self.gpus}; allowed: a multiple of the {self.gpus_per_node} --gpus-per-node"

@@ -63,8 +63,11 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     parser = megatron_parser("megatron-fope plan")
     from megatron_fope.planning import report
     from megatron_fope.planning.search import plan
+    from megatron_fope.run_checks import check_numbers
 
-    result = plan(parse(parser, words), cluster)
+    args = parse(parser, words)
+    check_numbers(parser, args)
+    result = plan(args, cluster)
     if arguments.json:
         shown = dataclasses.replace(result, best=result.best[: arguments.show])
         print(json.dumps(dataclasses.asdict(shown), indent=2, default=sorted))

@@ -6,9 +6,12 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+from megatron_fope.errors import UserError
 from megatron_fope.planning.cluster import Cluster
 from megatron_fope.planning.model import Model, Training
+from megatron_fope.run_checks import check_run_layout
 
 
 @dataclass(frozen=True)
@@ -86,37 +89,37 @@ def legal_layouts(model: Model, training: Training, cluster: Cluster, etp: int |
 
 def divides(model: Model, training: Training, layout: Layout) -> bool:
     """Whether a model, its sequence and its batch can be cut like this."""
-    tp, cp = layout.tp, layout.cp
-    whole = [
-        model.heads % tp == 0,
-        model.groups % tp == 0 or tp % model.groups == 0,
-        model.ffn % tp == 0 and model.shared_ffn % tp == 0,
-        model.layers % (layout.pp * layout.vpp) == 0,
-        cp == 1 or training.seq_length % (2 * cp) == 0,
-        not layout.sequence_parallel or training.seq_length // cp % tp == 0,
-        training.global_batch % (training.micro_batch * layout.dp) == 0,
-        all(_exchange_divides(kind, model, training, layout) for kind in set(training.cp_comm_types)),
-    ]
-    if model.experts:
-        whole += [
-            model.experts % layout.ep == 0,
-            model.expert_ffn % layout.etp == 0,
-            layout.ranks % (layout.etp * layout.ep * layout.pp) == 0,
-        ]
-    return all(whole)
-
-
-def _exchange_divides(kind: str, model: Model, training: Training, layout: Layout) -> bool:
-    """Whether a kind of context parallelism can cut the heads of a tensor-parallel rank."""
-    if layout.cp == 1 or kind not in ("a2a", "a2a+p2p"):
-        return True
-    ranks = layout.cp
-    if kind == "a2a+p2p":
-        if math.prod(training.hierarchical) != layout.cp or len(training.hierarchical) != 2:
-            return False
-        ranks = training.hierarchical[0]
-    return model.heads // layout.tp % ranks == 0 and max(1, model.groups // layout.tp) % ranks == 0
+    asked = SimpleNamespace(
+        world_size=layout.ranks,
+        num_layers=model.layers,
+        num_attention_heads=model.heads,
+        group_query_attention=True,
+        num_query_groups=model.groups,
+        ffn_hidden_size=model.ffn,
+        num_experts=model.experts,
+        moe_ffn_hidden_size=model.expert_ffn,
+        moe_shared_expert_intermediate_size=model.shared_ffn,
+        seq_length=training.seq_length,
+        micro_batch_size=training.micro_batch,
+        global_batch_size=training.global_batch,
+        num_distributed_optimizer_instances=training.instances,
+        cp_comm_type=list(set(training.cp_comm_types)),
+        hierarchical_context_parallel_sizes=list(training.hierarchical),
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        num_virtual_stages_per_pipeline_rank=layout.vpp if layout.vpp > 1 else None,
+        sequence_parallel=layout.sequence_parallel,
+    )
+    try:
+        check_run_layout(asked)
+    except UserError:
+        return False
+    return True
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d < number]

@@ -10,6 +10,7 @@ from megatron_fope.arguments import FOPE, fope_config_from_args
 from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError
 from megatron_fope.host_arguments import head_dim_of, num_kv_heads_of
+from megatron_fope.run_checks import check_model
 
 _UNPLANNED = {
     "hybrid_layer_pattern": "hybrid models",
@@ -42,6 +43,9 @@ _REQUIRED = (
     "micro_batch_size",
     "global_batch_size",
 )
+
+_MOST = 100_000
+"""Layers or experts; a plan looks at each."""
 
 _DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
@@ -191,11 +195,7 @@ def read_model(args: Any) -> Model:
 
 
 def read_training(args: Any) -> Training:
-    """What Megatron's arguments say of a step; ``args`` as for :func:`read_model`, which checks most of them.
-
-    Raises:
-        UserError: ``--cp-comm-type`` has another number of values than there are layers.
-    """
+    """What Megatron's arguments say of a step; ``args`` as for :func:`read_model`, which checks them."""
     half = args.bf16 or args.fp16
     gradient, main, adam, copy = 4, 4 if half else 0, 8, 0
     if args.bf16 and getattr(args, "grad_reduce_in_bf16", False):
@@ -248,12 +248,8 @@ def _width(args: Any, name: str) -> int:
 
 def _check(args: Any) -> None:
     for name in _REQUIRED:
-        value = getattr(args, name)
-        flag = f"--{name.replace('_', '-')}"
-        if value is None:
-            raise UserError(f"{flag} is missing; a plan needs it")
-        if value < 1:
-            raise UserError(f"{flag} is {value}; allowed: 1 or more")
+        if getattr(args, name) is None:
+            raise UserError(f"--{name.replace('_', '-')} is missing; a plan needs it")
     if args.vocab_size is None:
         raise UserError("--vocab-size is missing; a plan opens no tokenizer, give the number of its tokens")
     for name, what in _UNPLANNED.items():
@@ -261,24 +257,16 @@ def _check(args: Any) -> None:
             raise UserError(f"--{name.replace('_', '-')} is given; a plan does not know the memory of {what}")
     if args.optimizer != "adam":
         raise UserError(f"--optimizer is {args.optimizer!r}; a plan knows the memory of: adam")
-    if args.kv_channels is None and args.hidden_size % args.num_attention_heads:
-        raise UserError(
-            f"--num-attention-heads is {args.num_attention_heads}; allowed: a divisor of the "
-            f"{args.hidden_size} --hidden-size, or --kv-channels beside it"
-        )
-    if args.group_query_attention and args.num_attention_heads % args.num_query_groups:
-        raise UserError(
-            f"--num-query-groups is {args.num_query_groups}; allowed: a divisor of the "
-            f"{args.num_attention_heads} --num-attention-heads"
-        )
+    for name in ("num_layers", "num_experts"):
+        if (getattr(args, name, None) or 1) > _MOST:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: up to {_MOST}")
+    check_model(args)
 
 
 def _cp_comm_types(args: Any) -> tuple[str, ...]:
     """How context parallelism exchanges, layer by layer."""
     kinds = getattr(args, "cp_comm_type", None) or ["p2p"]
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    if len(kinds) not in (1, args.num_layers):
-        raise UserError(f"--cp-comm-type has {len(kinds)} values; allowed: 1 or {args.num_layers}")
     return tuple(kinds if len(kinds) > 1 else kinds * args.num_layers)
 
 
@@ -286,8 +274,4 @@ def _moe_layers(args: Any) -> tuple[bool, ...]:
     frequency = args.moe_layer_freq
     if isinstance(frequency, int):
         return tuple(layer % frequency == 0 for layer in range(args.num_layers))
-    if len(frequency) != args.num_layers:
-        raise UserError(
-            f"--moe-layer-freq has {len(frequency)} layers; allowed: the {args.num_layers} of --num-layers"
-        )
     return tuple(map(bool, frequency))

@@ -11,13 +11,13 @@ from typing import Any
 
 from megatron_fope import compat
 from megatron_fope.errors import UserError
-from megatron_fope.host_arguments import check_layout
 from megatron_fope.planning.activations import Activations, activations
 from megatron_fope.planning.cluster import Cluster
 from megatron_fope.planning.communication import Communication, communication
-from megatron_fope.planning.layout import Layout, divides, legal_layouts
+from megatron_fope.planning.layout import Layout, legal_layouts
 from megatron_fope.planning.model import Model, Training, read_model, read_training
 from megatron_fope.planning.states import Parameters, States, parameters, states
+from megatron_fope.run_checks import check_run_layout
 
 LONGEST_BUBBLE = 0.1
 """Layouts whose pipeline waits for a larger share of a step come after all others."""
@@ -219,22 +219,25 @@ def own_layout(args: Any, cluster: Cluster) -> Layout:
     )
 
 
+_SIZES = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size", "num_distributed_optimizer_instances"),
+    *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+    "hierarchical_context_parallel_sizes",
+)
+"""Arguments that make up a layout; None or 1 where none is given."""
+
+
 def _own(args: Any, model: Model, training: Training, cluster: Cluster) -> Estimate | None:
     checked = copy.copy(args)
-    checked.world_size = cluster.gpus
-    layout = own_layout(args, cluster)
+    checked.world_size, checked.ffn_hidden_size = cluster.gpus, model.ffn
     try:
-        check_layout(checked, world_name="--gpus")
+        check_run_layout(checked, world_name="--gpus")
     except UserError:
-        if (layout.tp, layout.pp, layout.cp, layout.ep) == (1, 1, 1, 1):
+        if all((getattr(args, name, None) or 1) == 1 for name in _SIZES):
             return None  # no layout is given: one is looked for
         raise
-    if not divides(model, training, layout):
-        raise UserError(
-            f"{layout} does not divide the model; allowed: TP a divisor of heads, MLP widths and the tokens "
-            "of a rank, PP times the chunks of a rank one of the layers, EP one of the experts, ETP one of "
-            "their width, with a2a CP one of the heads of a rank"
-        )
+    layout = own_layout(args, cluster)
     return estimate(model, training, layout, cluster)
 
 

@@ -1,0 +1,178 @@
+"""Nonsense given to ``plan``, ``ladder`` and ``prepare-data``: one line, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_fope import megatron_flags
+from megatron_fope.cli import main
+from megatron_fope.ladder import plan as ladder_plan
+
+
+def refusal(*argv: str) -> str:
+    """The one line of a command that refuses, without the prefix."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            code = main(list(argv))
+        except SystemExit as stop:
+            code = stop.code
+    said = stderr.getvalue()
+    assert code == 2 and stdout.getvalue() == "", (code, stdout.getvalue()[:500], said[-2000:])
+    start = "megatron-fope: error: "
+    assert said.startswith(start) and said.count("\n") == 1 and said.endswith("\n"), said[-2000:]
+    return said.removeprefix(start).rstrip("\n")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_parser() -> Iterator[None]:
+    """Megatron's parser reads Megatron's source, which takes a second: once is enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        cached = functools.cache(megatron_flags.megatron_parser)
+        for module in (megatron_flags, ladder_plan):
+            patch.setattr(module, "megatron_parser", cached)
+        yield
+
+
+# plan --------------------------------------------------------------------------------------------------
+
+CLUSTER = "--gpus 64 --gpu h100"
+PLAN = (
+    "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 "
+    "--group-query-attention --num-query-groups 8 --seq-length 8192 --micro-batch-size 1 "
+    "--global-batch-size 512 --vocab-size 128256 --swiglu --bf16 --position-embedding-type fope"
+)
+NONSENSE_CLUSTERS = {
+    "--gpus -8 --gpu h100": "--gpus is -8",
+    "--gpus 0 --gpu h100": "--gpus is 0",
+    "--gpus 1000000000000 --gpu h100": "--gpus is 1000000000000",
+    "--gpus 64 --gpu-memory inf": "--gpu-memory is inf",
+    "--gpus 64 --gpu-memory 0": "--gpu-memory is 0",
+    "--gpus 64 --gpu-memory 1e300": "--gpu-memory is 1e+300",
+    "--gpus 64 --gpu ''": "--gpu",
+    "--gpus 64 --gpu h100 --margin -0.1": "--margin is -0.1",
+    "--gpus 64 --gpu h100 --margin nan": "--margin is nan",
+    "--gpus 64 --gpu h100 --gpus-per-node -8": "--gpus-per-node is -8",
+    "--gpus 64 --gpu h100 --gpus-per-node 1000000000000": "--gpus-per-node is 1000000000000",
+    "--gpus 64 --gpu h100 --show -1": "--show is -1",
+}
+NONSENSE_PLANS = {
+    "--tensor-model-parallel-size -2": "is -2; allowed: 1 or more",
+    "--tensor-model-parallel-size 0": "is 0; allowed: 1 or more",
+    "--tensor-model-parallel-size 64": "is 64; allowed: a divisor of the 32",
+    "--pipeline-model-parallel-size -1": "is -1; allowed: 1 or more",
+    "--pipeline-model-parallel-size 0": "is 0; allowed: 1 or more",
+    "--pipeline-model-parallel-size 64": "is 64; allowed: a divisor of the 32",
+    "--context-parallel-size -4": "is -4; allowed: 1 or more",
+    "--context-parallel-size 0": "is 0; allowed: 1 or more",
+    "--expert-model-parallel-size -8": "is -8; allowed: 1 or more",
+    "--expert-model-parallel-size 8": "is 8; allowed: 1 without --num-experts",
+    "--num-experts 8 --expert-tensor-parallel-size -1": "is -1; allowed: 1 or more",
+    "--num-experts 8 --expert-tensor-parallel-size 0": "is 0; allowed: 1 or more",
+    "--num-experts 8 --expert-tensor-parallel-size 3": "is 3; allowed: a divisor of",
+    "--num-experts 8 --expert-model-parallel-size 3": "is 3; allowed: a divisor of the 8",
+    "--num-experts 8 --expert-model-parallel-size 8 --expert-tensor-parallel-size 16": "is 8; allowed: times",
+    "--num-experts -8": "is -8; allowed: 0 or more",
+    "--num-experts 8 --moe-router-topk 0": "is 0; allowed: 1 or more",
+    "--num-experts 8 --moe-router-topk -2": "is -2; allowed: 1 or more",
+    "--num-experts 8 --moe-router-topk 9": "is 9; allowed: at most the 8",
+    "--num-experts 8 --moe-ffn-hidden-size 0": "is 0; allowed: 1 or more",
+    "--num-experts 8 --moe-ffn-hidden-size -4": "is -4; allowed: 1 or more",
+    "--num-experts 8 --moe-layer-freq 0": "is 0; allowed: 1 or more",
+    "--num-experts 8 --moe-layer-freq -2": "is -2; allowed: ",
+    "--num-experts 8 --moe-layer-freq [0,1]": "is 0 1; allowed: ",
+    "--num-experts 8 --moe-layer-freq [2]*32": "; allowed: ",
+    "--num-experts 8 --moe-shared-expert-intermediate-size -64": "is -64; allowed: 1 or more",
+    "--num-experts 1000000000": "is 1000000000; allowed: up to 100000",
+    "--num-layers 0": "is 0; allowed: 1 or more",
+    "--num-layers -32": "is -32; allowed: 1 or more",
+    "--num-layers 1000000000": "is 1000000000; allowed: up to 100000",
+    "--num-layers 3.5": "--num-layers",
+    "--hidden-size -4096": "is -4096; allowed: 1 or more",
+    "--hidden-size 1": "allowed: a divisor of the 1",
+    "--hidden-size 99999999999999999999": "allowed: less than 2^63",
+    "--ffn-hidden-size 0": "is 0; allowed: 1 or more",
+    "--ffn-hidden-size -1": "is -1; allowed: 1 or more",
+    "--ffn-hidden-size 14337 --tensor-model-parallel-size 2": "is 2; allowed: a divisor of the 14337",
+    "--num-attention-heads 0": "is 0; allowed: 1 or more",
+    "--num-attention-heads 31": "is 31; allowed: a divisor of the 4096",
+    "--num-query-groups 0": "is 0; allowed: 1 or more",
+    "--num-query-groups -8": "is -8; allowed: 1 or more",
+    "--num-query-groups 64": "is 64; allowed: a divisor of the 32",
+    "--kv-channels 0": "is 0; allowed: 1 or more",
+    "--kv-channels -128": "is -128; allowed: 1 or more",
+    "--kv-channels 127": "127",
+    "--vocab-size 0": "is 0; allowed: 1 or more",
+    "--vocab-size -5": "is -5; allowed: 1 or more",
+    "--make-vocab-size-divisible-by 0": "is 0; allowed: 1 or more",
+    "--make-vocab-size-divisible-by -128": "is -128; allowed: 1 or more",
+    "--max-position-embeddings -1": "is -1; allowed: 1 or more",
+    "--max-position-embeddings 100": "is 100; allowed: at least the 8192",
+    "--seq-length 0": "is 0; allowed: 1 or more",
+    "--seq-length -8192": "is -8192; allowed: 1 or more",
+    "--micro-batch-size 0": "is 0; allowed: 1 or more",
+    "--micro-batch-size -1": "is -1; allowed: 1 or more",
+    "--micro-batch-size 1024 --tensor-model-parallel-size 2": "--global-batch-size is 512; allowed",
+    "--global-batch-size 0": "is 0; allowed: 1 or more",
+    "--global-batch-size -512": "is -512; allowed: 1 or more",
+    "--num-layers-per-virtual-pipeline-stage 0 --pipeline-model-parallel-size 4": "is 0; allowed: 1 or more",
+    "--num-layers-per-virtual-pipeline-stage -1 --pipeline-model-parallel-size 4": "is -1; allowed: 1 or",
+    "--num-layers-per-virtual-pipeline-stage 3 --pipeline-model-parallel-size 4": "is 3; allowed: divisors",
+    "--num-layers-per-virtual-pipeline-stage 64 --pipeline-model-parallel-size 4": "is 64; allowed: divisors",
+    "--num-virtual-stages-per-pipeline-rank 0 --pipeline-model-parallel-size 4": "is 0; allowed: 1 or more",
+    "--num-virtual-stages-per-pipeline-rank 3 --pipeline-model-parallel-size 4": "is 3; allowed: divisors",
+    "--num-virtual-stages-per-pipeline-rank 2": "is 2; allowed: 1 with one pipeline rank",
+    "--num-virtual-stages-per-pipeline-rank 2 --num-layers-per-virtual-pipeline-stage 2": "both given",
+    "--num-virtual-stages-per-pipeline-rank 2 --pipeline-model-parallel-size 4 --global-batch-size 32": (
+        "is 2; allowed: with at least 4 micro-batches of a rank in a step, not 2"
+    ),
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 0": "is 0; allowed: 1 or",
+    "--recompute-granularity full --recompute-method block --recompute-num-layers -1": "is -1; allowed: 1 or",
+    "--recompute-granularity full --recompute-method block --recompute-num-layers 33": "is 33; allowed: 1 to",
+    "--recompute-granularity full --recompute-num-layers 1": "--recompute-method is missing",
+    "--recompute-granularity full --recompute-method uniform": "--recompute-num-layers is missing",
+    "--recompute-granularity selective --recompute-modules everything": "is everything; allowed: core_attn",
+    "--num-distributed-optimizer-instances 0": "is 0; allowed: 1 or more",
+    "--num-distributed-optimizer-instances 3": "is 3; allowed: divisors of the 64",
+    "--hidden-dropout -0.1": "is -0.1; allowed: 0 to less than 1",
+    "--hidden-dropout 2": "is 2.0; allowed: 0 to less than 1",
+    "--hidden-dropout nan": "is nan; allowed: finite numbers",
+    "--context-parallel-size 4 --cp-comm-type ring": "is ring; allowed: p2p, all_gather",
+    "--context-parallel-size 4 --cp-comm-type a2a+p2p": "two --hierarchical-context-parallel-sizes",
+    "--context-parallel-size 4 --hierarchical-context-parallel-sizes 2 0 --cp-comm-type a2a+p2p": "is 0;",
+    "--context-parallel-size 4 --hierarchical-context-parallel-sizes 2 4 --cp-comm-type a2a+p2p": "is 2 4;",
+    "--tensor-model-parallel-size 8 --sequence-parallel --seq-length 8188": "is 8; allowed: with --sequence",
+    "--fp16": "--bf16 and --fp16 are both given",
+    "--rotary-base nan": "--rotary-base",
+    "--rotary-base inf": "--rotary-base",
+    "--rotary-base 0": "--rotary-base is 0",
+    "--rotary-base -5": "--rotary-base is -5",
+    "--fope-gain nan": "--fope-gain is nan",
+    "--fope-train-length 0": "--fope-train-length is 0",
+    "--fope-train-length 5": "--fope-train-length is 5",
+    "--lr nan": "--lr is nan; allowed: finite numbers",
+    "--train-iters -1": "is -1; allowed: 1 or more",
+    "--yaml-cfg run.yaml": "--yaml-cfg is given",
+    "--tensor-model-parallel 2": "--tensor-model-parallel",
+    "8 16": "8 16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", NONSENSE_CLUSTERS)
+def test_clusters(words: str) -> None:
+    assert NONSENSE_CLUSTERS[words] in refusal("plan", *shlex.split(words), "--", *PLAN.split())
+
+
+def test_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words, expected in NONSENSE_PLANS.items():
+        found = refusal("plan", *CLUSTER.split(), "--", *PLAN.split(), *words.split())
+        assert expected in found, (words, found)
+    assert not list(tmp_path.iterdir())
