@@ -435,7 +435,9 @@ def check_rows_beyond_the_active_tokens_do_no_harm() -> None:
     rotated = embedding(query, key, inference_context=context)
     alone = embedding(query[:3], key[:3], inference_context=context)
     for together, expected in zip(rotated, alone, strict=True):
-        assert torch.equal(together[:3], expected) and expected.isfinite().all()
+        # Within rounding: a matrix product of fewer rows may sum in another order.
+        torch.testing.assert_close(together[:3], expected, rtol=0, atol=ATOL)
+        assert expected.isfinite().all()
 
 
 def run_checks(label: str, results: dict[str, str | None], only: list[str]) -> None:
