@@ -1,21 +1,25 @@
 # make demo: RoPE against FoPE on real text, on any machine. make test: everything the tests can check here.
 # JOBS=4 tests in so many processes (each starts launches of up to 4 ranks).
 # PYTHON=/path/to/python3.12 picks the interpreter, TORCH_INDEX_URL=https://... another source of torch.
+# Versions are those of .ci/constraints.txt, which were tested together; make test-newest ignores them.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 BENCH_OUT ?= out/bench
 JOBS ?= 2
 KERNEL_TESTS := tests/test_kernels.py tests/test_kernels_host.py tests/test_implementation.py
-export PYTHON TORCH_INDEX_URL VENV
+export PYTHON TORCH_INDEX_URL VENV NEWEST
 
-.PHONY: help setup demo extend test layouts reshard bench bench-gpu test-gpu upstream-tests lint clean
+.PHONY: help setup demo extend test test-newest constraints layouts reshard bench bench-gpu test-gpu upstream-tests \
+	lint clean
 
 help:
 	@echo "make demo   train a RoPE and a FoPE twin, evaluate both up to 16x the training length"
 	@echo "            DEMO_ITERS=1000 DEMO_OUT=out/demo"
 	@echo "make extend  ways to a four times longer context, compared (an hour on 2 cores)"
 	@echo "make test   the whole test suite"
+	@echo "make test-newest  the same with the newest release of everything, in .venv-newest"
+	@echo "make constraints VENV=.venv-newest  after it: keep these versions for all other commands"
 	@echo "make layouts  real training in 87 parallel layouts, each against one rank (half an hour)"
 	@echo "make reshard  every layout's checkpoint loaded by every other (half an hour)"
 	@echo "make bench  speed, memory and step time beside RoPE; BENCH_OUT=out/bench"
@@ -38,6 +42,12 @@ extend: setup
 
 test: setup
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+test-newest:
+	@$(MAKE) test VENV=.venv-newest NEWEST=1
+
+constraints:
+	@$(BIN)/python .ci/constraints.py
 
 layouts: setup
 	@$(BIN)/python tests/layouts.py

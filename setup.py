@@ -1,4 +1,7 @@
-"""Package metadata; the Python version and the Megatron-Core range belong together."""
+"""Package metadata; the Python version and the Megatron-Core range belong together.
+
+Upper bounds are what the tests ran with: ``make test-newest`` ignores them, ``.ci/constraints.txt`` is narrower.
+"""
 
 import re
 from pathlib import Path
@@ -10,7 +13,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_fope" / "__init__
 
 EXTRAS = {
     "demo": ["matplotlib>=3.8", "tensorboard>=2.16"],
-    "hf": ["tokenizers>=0.19", "transformers>=4.56,<6", "safetensors>=0.4"],
+    "hf": ["tokenizers>=0.22,<0.24", "transformers>=5.1,<5.25", "safetensors>=0.4,<0.9"],
     "deepspeed": ["deepspeed>=0.16.9,<0.20"],
     "te": ["transformer-engine[pytorch]>=2.0"],
 }
@@ -41,13 +44,14 @@ setup(
     ],
     packages=find_packages(include=["megatron_fope", "megatron_fope.*"]),
     package_data={"megatron_fope": ["py.typed"]},
-    python_requires=">=3.12",
+    python_requires=">=3.12,<3.14",
     install_requires=[
         "megatron-core>=0.17,<0.20",
-        "torch>=2.6",
-        "numpy",
+        "torch>=2.6,<2.15",
+        "numpy<3",
         "packaging",
         "psutil",  # so does writing of torch_dist checkpoints
+        "pybind11>=2.12,<4",  # checkouts of Megatron-LM compile their data helpers with it
         "pyyaml",  # megatron.training needs it without declaring it
         "tqdm",
     ],

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
+import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +24,10 @@ from trainer import FOPE, TP2, Trainer
 from megatron_fope import FoPEConfig, UserError
 
 SCRIPT = ROOT / "examples" / "pretrain" / "export.py"
+MODELING = SCRIPT.with_name("modeling_fope_llama.py")
+CHECKS = ROOT / "tests" / "scripts" / "export_checks.py"
+OLDEST = "5.1.0"
+"""The oldest transformers that setup.py allows."""
 LLAMA = ("--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--init-method-std", "0.2")
 UNTIED = "--untie-embeddings-and-output-weights"
 MODELS = {
@@ -31,7 +40,6 @@ MODELS = {
         "--use-distributed-optimizer",
     ),
 }
-TWO_RANKS = [name for name in MODELS if name.startswith("two")]
 COMPLETE = {"untie_embeddings_and_output_weights": True, "ffn_hidden_size": 128, "layernorm_epsilon": 1e-5}
 """What a synthetic checkpoint lacks of a Llama's arguments."""
 REFERENCE = """
@@ -55,7 +63,6 @@ raise SystemExit(0)
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The example as a module."""
-    pytest.importorskip("safetensors", reason="the export needs safetensors (comes with transformers)")
     return load("pretrain/export.py")
 
 
@@ -65,58 +72,93 @@ def llama(folder: Path, **changes: Any) -> SyntheticCheckpoint:
     return SyntheticCheckpoint(folder, **(shape | changes))
 
 
-@pytest.mark.launch
-@pytest.mark.parametrize("name", MODELS)
-def test_same_logits(
-    name: str, script: ModuleType, trainer: Trainer, launcher: Launcher, tmp_path: Path
-) -> None:
-    """Also beyond the trained length, and with a cache."""
-    transformers = pytest.importorskip("transformers")
-    stop = ("--train-iters", "2")
-    folder = trainer.run(
-        f"export-{name}", *LLAMA, *MODELS[name], *stop, nproc=2 if name in TWO_RANKS else 1
-    ).folder
-    tokens = torch.randint(0, 257, (2, 160), generator=torch.Generator().manual_seed(1))
-    torch.save(tokens, tmp_path / "tokens.pt")
-    files = {
-        "folder": str(folder),
-        "tokens": str(tmp_path / "tokens.pt"),
-        "logits": str(tmp_path / "logits.pt"),
-    }
-    launcher.output(1, [], tmp_path / "log", hook=REFERENCE.format(**files))
-    expected = torch.load(tmp_path / "logits.pt")
+@pytest.fixture(scope="module")
+def cases(
+    script: ModuleType, trainer: Trainer, launcher: Launcher, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Every model trained, computed by Megatron and exported; the file that ``export_checks.py`` reads."""
+    made, listed = tmp_path_factory.mktemp("exports"), {}
+    torch.save(
+        torch.randint(0, 257, (2, 160), generator=torch.Generator().manual_seed(1)), made / "tokens.pt"
+    )
+    for name, flags in MODELS.items():
+        ranks = 2 if name.startswith("two") else 1
+        folder = trainer.run(f"export-{name}", *LLAMA, *flags, "--train-iters", "2", nproc=ranks).folder
+        files = {"tokens": str(made / "tokens.pt"), "logits": str(made / f"{name}.pt")}
+        launcher.output(1, [], made / "log", hook=REFERENCE.format(folder=str(folder), **files))
+        out = script.export(folder, made / name)
+        kind = "rope" if name == "rope" else "learnable" if "--fope-learnable" in flags else "fope"
+        assert (out / "modeling_fope_llama.py").exists() == (kind != "rope")
+        listed[name] = {"folder": str(out), "kind": kind, **files}
+    (made / "cases.json").write_text(json.dumps(listed))
+    return made / "cases.json"
 
-    out = script.export(folder, tmp_path / "hf")
-    assert (out / "modeling_fope_llama.py").exists() == (name != "rope")
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model, info = load(out, dtype=torch.float32, trust_remote_code=name != "rope", output_loading_info=True)
-    assert not any(info.values()), info
-    with torch.no_grad():
-        found = model(tokens).logits
-        # One piece of the sequence after another.
-        first = model(tokens[:, :100], use_cache=True)
-        rest = model(tokens[:, 100:], past_key_values=first.past_key_values).logits
-    tolerance = 1e-4 * expected.abs().max().item()
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
-    torch.testing.assert_close(torch.cat((first.logits, rest), dim=1), expected, rtol=0, atol=tolerance)
-    texts = [
-        model.generate(tokens[:1], max_new_tokens=5, do_sample=False, use_cache=cached)
-        for cached in (True, False)
-    ]
-    assert texts[0].tolist() == texts[1].tolist() and texts[0].size(1) == 165
-    if name == "rope":
-        return
-    coefficient = model.model.layers[0].self_attn.sin_coef
-    kept = coefficient.clone()
-    with torch.no_grad():
-        coefficient.mul_(0.9)
-        moved = (model(tokens).logits - expected).abs().max().item()
-        coefficient.copy_(kept)
-    assert moved > 30 * tolerance, "the tolerance would hide other coefficients"
-    rounded = load(out, dtype=torch.bfloat16, trust_remote_code=True)
-    for other in (rounded, model.to(torch.bfloat16)):
-        assert torch.equal(other.model.layers[0].self_attn.sin_coef, kept)
-        assert other.lm_head.weight.dtype == torch.bfloat16
+
+@pytest.fixture(scope="module", params=["installed", OLDEST])
+def results(request: pytest.FixtureRequest, cases: Path) -> dict[str, str | None]:
+    """Every check of every model with one release of transformers."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cases.with_name("modules"))}
+    if request.param == OLDEST:
+        folder = Path(sys.prefix) / "transformers" / OLDEST
+        assert (folder / "transformers").is_dir(), f"transformers {OLDEST} is not in {folder}; use make setup"
+        environment["PYTHONPATH"] = str(folder)
+    done = subprocess.run(
+        [sys.executable, str(CHECKS), str(cases)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    answer = json.loads(done.stdout.splitlines()[-1])
+    installed = importlib.metadata.version("transformers")
+    assert answer["transformers"] == (OLDEST if request.param == OLDEST else installed)
+    return answer["results"]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("check", re.findall(r"^def (check_\w+)", CHECKS.read_text(), re.MULTILINE))
+def test_exported(check: str, results: dict[str, str | None]) -> None:
+    """transformers computes what Megatron does."""
+    outcomes = {name: result for name, result in results.items() if name.startswith(f"{check}[")}
+    assert len(outcomes) == len(MODELS) - check.startswith("check_fope_")
+    failed = {name: result for name, result in outcomes.items() if result is not None}
+    assert not failed, "\n".join(f"{name}\n{result}" for name, result in failed.items())
+
+
+def test_oldest_transformers_is_the_one_that_setup_py_allows() -> None:
+    (allowed,) = re.findall(r'"transformers>=([\d.]+),', (ROOT / "setup.py").read_text())
+    assert f"{allowed}.0" == OLDEST
+    assert f'"transformers=={OLDEST}"' in (ROOT / ".ci" / "setup-env").read_text()
+
+
+def test_vllm_finds_the_attention_function() -> None:
+    """vLLM reads ``forward``: a name assigned from ``ALL_ATTENTION_FUNCTIONS``, called exactly once."""
+    (attention,) = (
+        node for node in ast.parse(MODELING.read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == "FopeLlamaAttention"
+    )  # fmt: skip
+    (forward,) = (
+        node for node in attention.body if isinstance(node, ast.FunctionDef) and node.name == "forward"
+    )
+    nodes = list(ast.walk(forward))
+    looked_up = [
+        node for node in nodes
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+        and ast.unparse(node.value.func) == "ALL_ATTENTION_FUNCTIONS.get_interface"
+    ]  # fmt: skip
+    names = {target.id for node in looked_up for target in node.targets}
+    called = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    (call,) = (node for node in called if node.func.id in names)
+    assert ast.unparse(call.args[0]) == "self"
+    (scaling,) = (keyword.value for keyword in call.keywords if keyword.arg == "scaling")
+    assert ast.unparse(scaling) == "self.scaling"
+    for name in ("q_proj", "k_proj", "v_proj"):  # merged into one projection where each is called once
+        (argument,) = (
+            ast.unparse(node.args[0]) for node in nodes
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == f"self.{name}"
+        )  # fmt: skip
+        assert argument == "hidden_states"
 
 
 @pytest.mark.parametrize(

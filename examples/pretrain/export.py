@@ -257,6 +257,7 @@ def _fope(source: Checkpoint, config: dict[str, Any], where: str) -> dict[str, A
         "fope_pad_sin": pad_sin * fope.attention_scaling,
         "fope_pad_cos": pad_cos * fope.attention_scaling,
         "fope_exact_angles": fope.exact_angles,
+        "fope_learnable": fope.learnable,
     }
 
 

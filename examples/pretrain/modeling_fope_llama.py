@@ -1,4 +1,4 @@
-"""Llama with Fourier Position Embedding (FoPE, arXiv 2412.17739) for transformers 4.56 to 5.
+"""Llama with Fourier Position Embedding (FoPE, arXiv 2412.17739) for transformers from 5.1.
 
 Travels with the weights that ``export.py`` of megatron-fope writes and needs nothing of that package::
 
@@ -6,17 +6,30 @@ Travels with the weights that ``export.py`` of megatron-fope writes and needs no
 
 ``config.json`` holds, beside Llama's entries, ``fope_inv_freq`` (radians per position; the D_in frequencies),
 ``fope_series`` (D_out, channel pairs with a Fourier series), ``fope_heads`` (KV heads with coefficients of
-their own, or 1), ``fope_pad_sin`` and ``fope_pad_cos`` (of the other channel pairs), ``fope_exact_angles``.
+their own, or 1), ``fope_pad_sin`` and ``fope_pad_cos`` (of the other channel pairs), ``fope_exact_angles``,
+``fope_learnable`` (the coefficients are trained; otherwise they are buffers, which no optimizer moves).
+
+Attention scores depend on absolute positions: tokens behind left padding need positions that start at 0. They
+are derived from ``attention_mask`` when ``position_ids`` are not given.
 """
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import Cache, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
+
+if not hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+    raise ImportError("modeling_fope_llama.py requires transformers >= 5.1")
+
+COEFFICIENTS = ("sin_coef", "cos_coef")
+CACHE_IS_NAMED_CACHE = "cache" in inspect.signature(LlamaAttention.forward).parameters
+"""Newer releases; in older ones ``cache`` is something else: the paged cache, for the attention function."""
 
 
 class FopeLlamaConfig(LlamaConfig):
@@ -47,16 +60,20 @@ class FopeLlamaAttention(LlamaAttention):
     def __init__(self, config: FopeLlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         shape = (config.fope_heads, len(config.fope_inv_freq), config.fope_series)
-        for name in ("sin_coef", "cos_coef"):
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
+        for name in COEFFICIENTS:
+            value = torch.zeros(shape, dtype=torch.float32)
+            if config.fope_learnable:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
 
     def _apply(self, fn, recurse: bool = True):
         # Casting the model (.bfloat16(), .half()) would round the series; they stay float32.
-        before = {name: getattr(self, name).data for name in ("sin_coef", "cos_coef")}
+        before = {name: getattr(self, name).detach() for name in COEFFICIENTS}
         super()._apply(fn, recurse)
         for name, value in before.items():
             tensor = getattr(self, name)
-            if tensor.dtype != value.dtype and not value.is_meta:
+            if tensor.dtype != value.dtype:
                 tensor.data = value.to(tensor.device)
         return self
 
@@ -79,25 +96,40 @@ class FopeLlamaAttention(LlamaAttention):
         return rotated.flatten(1, 2).to(x.dtype)
 
     def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
-    ):
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
         """Like Llama's; ``position_embeddings`` is what :class:`FourierBasis` returns."""
-
-        def heads(projection: nn.Linear) -> Tensor:
-            return projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
+        if CACHE_IS_NAMED_CACHE:
+            past_key_values = past_key_values if cache is None else cache
+        elif cache is not None:
+            kwargs["cache"] = cache
+        # vLLM finds the projections and the call of the attention function in this source: as in Llama's.
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         tables = self.tables(*position_embeddings)
-        query, key = self.rotate(heads(self.q_proj), *tables), self.rotate(heads(self.k_proj), *tables)
-        value = heads(self.v_proj)
+        query, key = self.rotate(query, *tables), self.rotate(key, *tables)
         if past_key_values is not None:
-            # Static caches of transformers 4 ask where to write.
-            where = {"cache_position": kwargs.get("cache_position")}
-            key, value = past_key_values.update(key, value, self.layer_idx, where)
-        name = self.config._attn_implementation
-        attend = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            # Where to write is in kwargs: of static caches in older releases, of paged ones in newer.
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs)
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
         )
         return self.o_proj(output.flatten(2)), weights
 
@@ -106,7 +138,7 @@ class FopeLlamaModel(LlamaModel):
     """Llama's layers with :class:`FopeLlamaAttention`."""
 
     config_class = FopeLlamaConfig
-    _keep_in_fp32_modules_strict = ("sin_coef", "cos_coef")
+    _keep_in_fp32_modules_strict = COEFFICIENTS
 
     def __init__(self, config: FopeLlamaConfig) -> None:
         super().__init__(config)
@@ -115,12 +147,38 @@ class FopeLlamaModel(LlamaModel):
             layer.self_attn = FopeLlamaAttention(config, index)
         self.post_init()
 
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs,
+    ):
+        """Like Llama's; without ``position_ids``, a mask ``[b, cached + s]`` says which tokens count.
+
+        Raises:
+            ValueError: the mask covers fewer tokens than the cache and the input hold.
+        """
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
+            caches = (kwargs.get(name) for name in ("cache", "past_key_values"))
+            start = next((cache.get_seq_length() for cache in caches if cache is not None), 0)
+            end = start + tokens.size(1)
+            if attention_mask.size(1) < end:
+                raise ValueError(
+                    f"attention_mask covers {attention_mask.size(1)} tokens, cache and input hold {end}; "
+                    "use a mask of all of them or position_ids"
+                )
+            counted = attention_mask[:, :end].long().cumsum(-1) - 1
+            position_ids = counted.clamp(min=0)[:, start:]
+        return super().forward(input_ids, attention_mask, position_ids, **kwargs)
+
 
 class FopeLlamaForCausalLM(LlamaForCausalLM):
     """A language model on :class:`FopeLlamaModel`."""
 
     config_class = FopeLlamaConfig
-    _keep_in_fp32_modules_strict = ("sin_coef", "cos_coef")
+    _keep_in_fp32_modules_strict = COEFFICIENTS
 
     def __init__(self, config: FopeLlamaConfig) -> None:
         super().__init__(config)
