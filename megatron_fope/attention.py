@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from contextvars import ContextVar
 from typing import Any
 
 from megatron.core.transformer.attention import SelfAttention
@@ -15,6 +16,9 @@ from megatron_fope.errors import UserError
 
 _FORWARD_SIGNATURE = inspect.signature(SelfAttention.forward)
 _CONTEXT_ARGUMENTS = ("packed_seq_params", "inference_context", "inference_params", "sequence_len_offset")
+
+_call: ContextVar[dict[str, Any]] = ContextVar("fope_call", default={})  # noqa: B039
+"""What decides the tokens' positions in the ``forward`` that runs; every thread has its own."""
 
 
 class FoPESelfAttention(SelfAttention):
@@ -61,30 +65,30 @@ class FoPESelfAttention(SelfAttention):
             tp_group=self.pg_collection.tp,
         )
         self.fope_rotates = not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
-        self._call: dict[str, Any] = {}
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The host's ``forward``; remembers what decides the tokens' positions while it runs."""
         call = kwargs
         if len(args) > 1:  # Megatron itself passes everything behind attention_mask by keyword
             call = _FORWARD_SIGNATURE.bind(self, hidden_states, *args, **kwargs).arguments
-        previous, self._call = self._call, {name: call.get(name) for name in _CONTEXT_ARGUMENTS}
+        previous = _call.set({name: call.get(name) for name in _CONTEXT_ARGUMENTS})
         try:
             return super().forward(hidden_states, *args, **kwargs)
         finally:
-            self._call = previous
+            _call.reset(previous)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """The host's query, key, value (and output gate), with query and key rotated."""
         query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
         if self.fope_rotates:
+            call = _call.get()
             query, key = self.fope(
                 query,
                 key,
                 cp_group=self.pg_collection.cp,
-                packed_seq_params=self._call.get("packed_seq_params"),
-                inference_context=self._call.get("inference_context") or self._call.get("inference_params"),
-                sequence_len_offset=self._call.get("sequence_len_offset"),
+                packed_seq_params=call.get("packed_seq_params"),
+                inference_context=call.get("inference_context") or call.get("inference_params"),
+                sequence_len_offset=call.get("sequence_len_offset"),
             )
         return query, key, *rest
 

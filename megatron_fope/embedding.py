@@ -19,7 +19,7 @@ from megatron_fope.config import FoPEConfig
 from megatron_fope.growth import grow_coefficients
 from megatron_fope.positions import local_positions
 from megatron_fope.precision import KeepsPrecision
-from megatron_fope.sharing import representative
+from megatron_fope.sharing import forget, representative
 
 KEEP = object()
 """In place of a coefficient tensor in a state dict: loading it keeps the numbers that the module has."""
@@ -87,6 +87,8 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
             if state_dict.get(prefix + name) is KEEP:
                 state_dict[prefix + name] = getattr(self, name).detach()
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        for name in self.coefficient_names:
+            forget(getattr(self, name))
 
     def _grow(self, state_dict: Any, prefix: str) -> None:
         found = {name: state_dict.get(prefix + name) for name in self.coefficient_names}
@@ -108,14 +110,17 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         """This rank's share: ``{name: [local KV heads, D_in, D_out]}`` (``[D_in, D_out]`` when heads share).
 
         Learnable coefficients get the sum of all tensor-parallel ranks' gradients, because every rank
-        holds all heads but only its own heads produce a gradient.
+        holds all heads but only its own heads produce a gradient. Frozen ones come as aliases whose writes
+        autograd does not count: Megatron writes a layer's buffers back, unchanged, between the capture of its
+        forward and of its backward graph.
 
         Args:
             shared: where layers share coefficients, return the same memory for all of them.
         """
         local = {name: getattr(self, name) for name in self.coefficient_names}
-        if shared and self.fope.shared_layers:
-            local = {name: representative(value) for name, value in local.items()}
+        if not self.fope.learnable:
+            share = shared and self.fope.shared_layers
+            local = {k: representative(v) if share else v.data for k, v in local.items()}
         tp_size = self.tp_group.size() if self.tp_group is not None else 1
         if tp_size == 1:
             return local

@@ -18,11 +18,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 @dataclass
 class _Known:
-    own: tuple[int, int]
-    """Address and version of the tensor when it was looked at."""
-    representative: Tensor | None
-    """None: the tensor itself, which must not keep itself alive."""
+    address: int
     version: int
+    """Address and version of the tensor when its values were read."""
+    representative: Tensor
 
 
 _known = WeakIdKeyDictionary()
@@ -30,33 +29,38 @@ _representatives: weakref.WeakValueDictionary[tuple[str, ...], Tensor] = weakref
 
 
 def representative(tensor: Tensor) -> Tensor:
-    """A tensor with the same values, the same one for all tensors that are equal.
+    """A copy of a tensor, the same one for all tensors that are equal; nobody writes to it.
 
-    Values are read (a copy to the CPU) the first time a tensor is seen, and again after it was moved or
-    written to; otherwise nothing is waited for. While a CUDA graph is captured, a tensor whose values would
-    have to be read stands for itself.
+    Values are read (a copy to the CPU) the first time a tensor is seen, and again after it was moved, loaded
+    (:func:`forget`) or written to; otherwise nothing is waited for. While a CUDA graph is captured nothing
+    can be read: a write does not count then, because Megatron writes a layer's buffers back, unchanged,
+    between its captures; a tensor that was not read yet stands for itself.
 
     Args:
-        tensor: frozen and contiguous; writes must count (no inference tensor).
+        tensor: frozen and contiguous.
     """
-    own = (tensor.data_ptr(), tensor._version)
+    # A tensor made in inference mode does not count its writes.
+    address, version = tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    capturing = _is_capturing(tensor)
     known = _known.get(tensor)
-    if known is not None and known.own == own:
-        found = tensor if known.representative is None else known.representative
-        if found._version == known.version:
-            return found
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        return tensor
+    if known is not None and known.address == address and (capturing or known.version == version):
+        return known.representative
+    if capturing:
+        return tensor.data
     digest = hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()
     key = (digest, str(tensor.device), str(tensor.dtype), str(tuple(tensor.shape)))
     found = _representatives.get(key)
-    if found is None or _changed(found):
-        found = _representatives[key] = tensor
-    _known[tensor] = _Known(own, None if found is tensor else found, found._version)
+    if found is None:
+        with torch.inference_mode(False):
+            found = _representatives[key] = tensor.detach().clone()
+    _known[tensor] = _Known(address, version, found)
     return found
 
 
-def _changed(representative: Tensor) -> bool:
-    """Whether a representative was written to after it became one."""
-    known = _known.get(representative)
-    return known is None or known.own != (representative.data_ptr(), representative._version)
+def forget(tensor: Tensor) -> None:
+    """Read a tensor's values again when they are next asked for."""
+    _known.pop(tensor, None)
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -318,6 +318,7 @@ def check_evaluation_in_inference_mode_does_not_poison_training() -> None:
 
 def main() -> None:
     start()
+    import host_checks
     import mla_checks
     import spec_checks
 
@@ -325,7 +326,8 @@ def main() -> None:
 
     release = compat.megatron_version().release
     results = {}
-    for name, check in [*globals().items(), *vars(spec_checks).items(), *vars(mla_checks).items()]:
+    parts = (globals(), vars(spec_checks), vars(mla_checks), vars(host_checks))
+    for name, check in [item for part in parts for item in part.items()]:
         if not name.startswith("check_") or release < getattr(check, "since", (0,)):
             continue
         try:
