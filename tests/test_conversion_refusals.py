@@ -255,6 +255,6 @@ def test_changed_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         os.utime(file)
 
     monkeypatch.setattr(writing, "_link", link_and_touch)
-    with pytest.raises(UserError, match="was changed meanwhile"):
+    with pytest.raises(UserError, match="was changed while it was converted"):
         convert(source.folder, tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rope"]
