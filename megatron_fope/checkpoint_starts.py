@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from megatron_fope import anneal
@@ -35,30 +34,6 @@ def check_start(args: Any) -> None:
             " or ".join(str(folder) for folder in folders if folder) or "--load or --pretrained-checkpoint"
         )
         raise UserError(f"{START_FROM_ROPE} is given, but there is no checkpoint in {given}")
-
-
-def check_save_folder(args: Any) -> None:
-    """Refuse to save over files that another folder shares, which ``megatron-fope convert`` links.
-
-    Continuing from the latest iteration of the same folder writes new iterations only; anything else may come
-    to the linked one again and would change the checkpoint it was made from.
-
-    Raises:
-        UserError: naming the folder and the iteration.
-    """
-    save = getattr(args, "save", None)
-    if args.position_embedding_type != FOPE or not save or "://" in str(save):
-        return
-    same = args.load is not None and Path(args.load).resolve() == Path(save).resolve()
-    if same and not args.finetune and getattr(args, "ckpt_step", None) is None:
-        return
-    for file in Path(save).glob("iter_*/*.distcp"):
-        if file.is_symlink() or file.stat().st_nlink > 1:
-            raise UserError(
-                f"--save is {save}, where {file.parent.name} shares its files with another folder "
-                "(megatron-fope convert links them) and could be written again; allowed: another folder, or "
-                "to go on from its latest iteration"
-            )
 
 
 def starts_from_rope(args: Any, checkpoint_args: Any, asked: str | None) -> bool:

@@ -1,6 +1,6 @@
 """``register()`` and ``unregister()``: the flag in a Megatron that knows nothing of FoPE.
 
-Nine symbols of Megatron are wrapped, each by one function below. Importing this module changes nothing,
+Ten symbols of Megatron are wrapped, each by one function below. Importing this module changes nothing,
 every wrapper calls the original, and ``unregister()`` puts the originals back.
 """
 
@@ -26,7 +26,8 @@ from megatron_fope.arguments import (
 )
 from megatron_fope.checkpoint_arguments import adopt_checkpoint_arguments, position_type_if_given
 from megatron_fope.checkpoint_loading import load_base_checkpoint
-from megatron_fope.checkpoint_starts import check_save_folder, check_start
+from megatron_fope.checkpoint_saving import wrap_save_checkpoint
+from megatron_fope.checkpoint_starts import check_start
 from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError, exit_on_user_error
 from megatron_fope.log import announce, is_rank0
@@ -122,6 +123,8 @@ def _targets() -> list[tuple[Any, str, Callable[[Callable], Callable]]]:
         (checkpointing, "_load_base_checkpoint", _wrap_load_base_checkpoint),
         (LanguageModelEmbedding, "__init__", _wrap_embedding),
         (training, "train_step", _wrap_train_step),
+        (training, "save_checkpoint", wrap_save_checkpoint),
+        (checkpointing, "save_checkpoint", wrap_save_checkpoint),
     ]
     for module in compat.modules_that_import("validate_args", arguments):
         targets.append((module, "validate_args", _wrap_validate_args))
@@ -148,7 +151,6 @@ def _wrap_validate_args(original: Callable) -> Callable:
         with exit_on_user_error():
             check_before_megatron(args)
             check_start(args)
-            check_save_folder(args)
             resolve_fope_arguments(args, _config)  # early, so that Megatron prints what is in force
         if args.position_embedding_type != FOPE:
             return original(args, *rest, **kwargs)

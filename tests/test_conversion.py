@@ -54,7 +54,8 @@ def test_rope_to_fope(rope: SyntheticCheckpoint, tmp_path: Path) -> None:
     for name, entry in source.tensors.items():
         assert made.tensors[name] == entry
     for file in rope.path.glob("*.distcp"):
-        assert (made.path / file.name).samefile(file)
+        kept = (made.path / file.name).read_bytes()
+        assert kept == file.read_bytes() and not (made.path / file.name).samefile(file)
     assert done.linked_files == 2 and done.linked_bytes == sum(f.stat().st_size for f in rope.path.glob("_*"))
 
 
@@ -119,12 +120,60 @@ def test_ways_to_link(link: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (done.links, new.is_symlink()) == (link, link == "symbolic")
     assert new.samefile(old) == (link != "copy") and new.stat().st_size == old.stat().st_size
     assert (new.parent / "more" / "file.bin").read_bytes() == b"something of another tool"
-    monkeypatch.setattr(os, "link", raiser(OSError(18, "Invalid cross-device link")))
-    assert convert(rope.folder, tmp_path / "automatic").links == "symbolic"
     # A chain of conversions does not depend on the folders in the middle.
-    convert(tmp_path / "automatic", tmp_path / "next", train_length=128)
-    shutil.rmtree(tmp_path / "automatic")
+    convert(tmp_path / "fope", tmp_path / "next", train_length=128, link=link)
+    shutil.rmtree(tmp_path / "fope")
     assert inspect(tmp_path / "next").train_length == 128
+
+
+def test_links_to_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SyntheticCheckpoint(tmp_path / "rope")
+    monkeypatch.setattr(os, "link", raiser(OSError(18, "Invalid cross-device link")))
+    with pytest.raises(UserError, match=r"it cannot be written \(Invalid cross-device link\)"):
+        convert(tmp_path / "rope", tmp_path / "fope", link="hard")
+
+
+def test_copies_keep_holes_and_every_byte(tmp_path: Path) -> None:
+    """Data before, between and behind holes, and a file that ends with one."""
+    rope = SyntheticCheckpoint(tmp_path / "rope")
+    file = rope.path / "more.bin"
+    with open(file, "wb") as stream:
+        for place in (0, 5_000_001, 40_000_000):
+            stream.seek(place)
+            stream.write(os.urandom(70_001))
+        stream.truncate(90_000_000)
+    convert(rope.folder, tmp_path / "fope")
+    copy = tmp_path / "fope" / "iter_0000004" / "more.bin"
+    assert copy.read_bytes() == file.read_bytes()
+    assert copy.stat().st_blocks <= file.stat().st_blocks + 8 < 2000
+
+
+def test_no_space_for_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rope = SyntheticCheckpoint(tmp_path / "rope")
+    (rope.path / "more.bin").write_bytes(bytes(5_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=4_000_000))
+    with pytest.raises(UserError, match=r"TARGET needs .* GB for copies .* or --link hard"):
+        convert(rope.folder, tmp_path / "fope")
+    assert convert(rope.folder, tmp_path / "fope", link="hard").links == "hard"
+
+
+def test_clones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system clones, no byte is copied and no space is asked for."""
+    from megatron_fope.conversion import writing
+
+    rope = SyntheticCheckpoint(tmp_path / "rope")
+    cloned = []
+
+    def clone(old: Any, copy: Any) -> bool:
+        copy.write(old.read())
+        cloned.append(old.name)
+        return True
+
+    monkeypatch.setattr(writing, "_clone", clone)
+    monkeypatch.setattr(writing, "_copy_data", raiser(AssertionError("copied")))
+    monkeypatch.setattr(shutil, "disk_usage", raiser(AssertionError("asked for space")))
+    assert convert(rope.folder, tmp_path / "fope").links == "clone"
+    assert {str(file) for file in rope.path.glob("*.distcp")} <= set(map(str, cloned))
 
 
 def raiser(error: BaseException) -> Callable[..., Any]:
@@ -134,7 +183,8 @@ def raiser(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
-def test_terabytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("link", ["hard", "symbolic", "copy"])
+def test_terabytes(link: str, tmp_path: Path) -> None:
     """Time and memory of the whole command do not depend on the size of the data."""
     source = SyntheticCheckpoint(tmp_path / "rope", layers=80, hidden=8192, pieces=8)
     assert source.apparent_bytes > 500e9
@@ -145,6 +195,7 @@ def test_terabytes(tmp_path: Path) -> None:
         "print(re.search(r'VmHWM.*', open('/proc/self/status').read())[0])"
     )
     command = [sys.executable, "-c", code, "convert", source.folder, tmp_path / "fope"]
+    command += ["--link", link]
     process = subprocess.Popen(
         list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT
     )
@@ -155,7 +206,10 @@ def test_terabytes(tmp_path: Path) -> None:
     assert int(re.search(r"VmHWM:\s+(\d+) kB", output)[1]) < 1e6
     assert {path: state[:3] for path, state in source.contents().items()} == before
     assert inspect(tmp_path / "fope").apparent_bytes > 500e9
-    assert "8 data files" in output and "as hard links" in output
+    assert "8 data files" in output
+    assert ("would destroy SOURCE" in output) == (link != "copy")
+    used = sum(file.stat().st_blocks * 512 for file in (tmp_path / "fope").rglob("*") if file.is_file())
+    assert used < 1e9, "holes stay holes"
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +257,7 @@ def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("diff", first, tmp_path / "third") == 1
     text = capsys.readouterr().out
     assert "fope_seed: 1234 -> 9" in text and f"{COEFFICIENT}: differs by up to 0." in text
-    convert(first, tmp_path / "longer", train_length=256)
+    convert(first, tmp_path / "longer", train_length=256, link="hard")
     found = diff(first, tmp_path / "longer")
     assert found.tensors[COEFFICIENT] == ("[4, 2, 3, 3] float32", "[4, 2, 4, 4] float32")
     assert found.same_file == 20 and found.settings["fope_train_length"] == (64, 256)

@@ -92,7 +92,7 @@ BAD: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
         "--rotary-base is 20000, but the checkpoint in {0}/rope was trained with 10000",
     ),
     "permission": (lambda t: [t / "fope", t / "new", "--fope-grow"], "--fope-grow is given to convert"),
-    "unknown way to link": (lambda t: [t / "fope", t / "new", "--link", "x"], "--link is 'x'; allowed: auto"),
+    "unknown way to link": (lambda t: [t / "fope", t / "new", "--link", "x"], "--link is 'x'; allowed: copy"),
     "no number": (lambda t: [t / "fope", t / "new", "--rotary-base", "x"], "--rotary-base is 'x'"),
 }
 
@@ -248,13 +248,13 @@ def test_changed_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     from megatron_fope.conversion import writing
 
     source = SyntheticCheckpoint(tmp_path / "rope")
-    link = writing._link
+    link = writing._bring
 
     def link_and_touch(file: Path, *rest: Any) -> None:
         link(file, *rest)
         os.utime(file)
 
-    monkeypatch.setattr(writing, "_link", link_and_touch)
+    monkeypatch.setattr(writing, "_bring", link_and_touch)
     with pytest.raises(UserError, match="was changed while it was converted"):
         convert(source.folder, tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rope"]

@@ -15,7 +15,8 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
     parser.description = (
         "Make a checkpoint of another position embedding. Coefficients, arguments and tables are written; "
-        "the model's data files are linked. SOURCE is never written; TARGET appears when it is complete."
+        "the model's data files are copied as they are. SOURCE is never written; TARGET appears when it is "
+        "complete."
     )
     parser.usage = "megatron-fope convert SOURCE TARGET [--fope-...] [flags]"
     add = parser.add_argument
@@ -32,10 +33,10 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     add("--seq-length", type=_length, metavar="N", help="new --seq-length in TARGET's arguments, tokens")
     add(
         "--link",
-        default="auto",
+        default="copy",
         metavar="{" + " ".join(LINKS) + "}",
-        help="how data files get into TARGET (default: auto, hard links or, on another file system, symbolic "
-        "ones)",
+        help="how data files get into TARGET (default: copy, without time and space where the file system "
+        "clones files). Links share them: what later writes into TARGET changes SOURCE",
     )
     add_fope_arguments(parser)
 
@@ -77,13 +78,21 @@ def run_convert(args: argparse.Namespace) -> int:
     )
     for name, shape in done.coefficients.items():
         print(f"coefficients {name} {list(shape)}")
-    how = {"hard": "hard links", "symbolic": "symbolic links", "copy": "copies"}[done.links]
+    how = {
+        "hard": "hard links",
+        "symbolic": "symbolic links",
+        "clone": "clones, which share their blocks until they are written",
+        "copy": "copies",
+    }[done.links]
     print(
         f"{done.linked_files} data files ({done.linked_bytes / 1e9:.1f} GB) as {how}, "
         f"{done.written_bytes / 1e6:.1f} MB written, {done.seconds:.1f} s"
     )
-    if done.links != "copy":
-        print("train with another folder for --save: files that are linked must not be written again")
+    if done.links in ("hard", "symbolic"):
+        print(
+            "warning: TARGET shares its files with SOURCE; a Megatron without megatron-fope that saves "
+            f"iteration {done.iteration} into TARGET would destroy SOURCE. Use another folder for --save"
+        )
     return 0
 
 

@@ -30,10 +30,11 @@ class Conversion:
     """Shape of every coefficient tensor of the new checkpoint."""
     learnable: bool
     links: str
-    """How the data files got there: "hard", "symbolic" or "copy"."""
+    """How the data files got there: "copy", "clone" (a copy that shares its blocks until either file is
+    written), "hard" or "symbolic"."""
     linked_files: int
     linked_bytes: int
-    """Apparent size of the linked files."""
+    """Apparent size of the copied or linked files."""
     written_bytes: int
     seconds: float
     leftovers: tuple[Path, ...]
@@ -49,18 +50,19 @@ def convert(
     rotary_base: float | None = None,
     seq_length: int | None = None,
     start: str | None = None,
-    link: str = "auto",
+    link: str = "copy",
     **fope: Any,
 ) -> Conversion:
     """Make a checkpoint of another position embedding; only coefficients, arguments and tables are written.
 
-    The model's data files are linked, not read. The target loads in Megatron under every parallel layout that
-    the source does, with the optimizer's states. Coefficients for a RoPE model are those that
+    The model's data files are copied or linked as they are. The target loads in Megatron under every parallel
+    layout that the source does, with the optimizer's states. Coefficients for a RoPE model are those that
     ``--fope-start-from-rope`` makes, and training goes on as with that flag; those of a FoPE model grow as
     :mod:`megatron_fope.growth` says.
 
-    The target shares its files with the source: a training that later saves the same iteration into the same
-    folder would write into both.
+    By default the target's files are copies: clones, which take neither time nor space, where the file system
+    makes them. With links, a Megatron that knows nothing of FoPE and saves the same iteration into the target
+    writes into the source's files; while :func:`megatron_fope.register` is in force, no save does.
 
     Args:
         source: folder made by Megatron's ``--save`` with ``--ckpt-format torch_dist``. Never written.

@@ -1,4 +1,4 @@
-"""Writing a checkpoint that shares its data files with another one.
+"""Writing a checkpoint whose data files come from another one: copied, cloned or linked.
 
 The new folder is built beside its final place and renamed when it is whole, so that at no moment something
 half-made has the final name.
@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import fcntl
 import io
 import os
 import pickle
 import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from tqdm import tqdm
 
-from megatron_fope.checkpoint import TRACKER, iteration_folder
+from megatron_fope.checkpoint import TRACKER, find_problem, iteration_folder
 from megatron_fope.checkpoint_metadata import METADATA
 from megatron_fope.conversion import inert
 from megatron_fope.conversion.layers import Part
@@ -28,10 +31,12 @@ from megatron_fope.conversion.source import COMMON_ENTRY, COMMON_FILE, Checkpoin
 from megatron_fope.errors import UserError
 from megatron_fope.staging import staging_folder
 
-LINKS = ("auto", "hard", "symbolic", "copy")
-"""How data files get into the new folder; auto: hard links, or symbolic ones on another file system."""
+LINKS = ("copy", "hard", "symbolic")
+"""How data files get into the new folder. Only copies, which are clones where the file system can make them,
+are safe from whoever writes into the new folder later."""
 
-_NOT_LINKABLE = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
+_FICLONE = 0x40049409
+"""Linux's request for a file that shares its blocks with another one until either is written."""
 
 _OWN_FILES = {METADATA, COMMON_FILE, "metadata.json"}
 """Files that every checkpoint has for itself."""
@@ -42,7 +47,7 @@ class Written:
     """What a new folder consists of."""
 
     links: str
-    """"hard", "symbolic" or "copy"."""
+    """"hard", "symbolic", "copy", or "clone": copies that take no space until they are written."""
     linked_files: int = 0
     linked_bytes: int = 0
     written_bytes: int = 0
@@ -57,7 +62,7 @@ def write(
     removed: Iterable[str],
     parts: Iterable[Part],
     *,
-    link: str = "auto",
+    link: str = "copy",
 ) -> Written:
     """Write a new checkpoint folder with one iteration.
 
@@ -99,7 +104,7 @@ def _build(
     folder.mkdir()
     new = folder / iteration_folder(source.iteration)
     new.mkdir()
-    written = _link_files(source.path, new, link)
+    written = _bring_files(source.path, new, link)
     metadata = copy.copy(source.metadata)
     metadata.state_dict_metadata = {
         name: entry for name, entry in metadata.state_dict_metadata.items() if name not in removed
@@ -124,6 +129,9 @@ def _build(
     written.written_bytes += _write(new / METADATA, pickle.dumps(metadata))
     written.written_bytes += _write(new / "metadata.json", (source.path / "metadata.json").read_bytes())
     _sync(new)
+    problem = find_problem(new)
+    if problem is not None:
+        raise UserError(f"TARGET would not be whole: {problem}")
     word = str(source.iteration)
     written.written_bytes += _write(folder / TRACKER, word.encode())
     _sync(folder)
@@ -185,38 +193,85 @@ class _DataFile:
         self._position += len(data)
 
 
-def _link_files(old: Path, new: Path, link: str) -> Written:
+def _bring_files(old: Path, new: Path, link: str) -> Written:
     """Bring every file of an iteration into a new folder, except those that the new one has for itself."""
-    written = Written("hard" if link == "auto" else link)
-    for folder, folders, files in os.walk(old):
+    written = Written(link)
+    files = []
+    for folder, folders, names in os.walk(old):
         place = new / os.path.relpath(folder, old)
         for name in folders:
             (place / name).mkdir()
-        for name in files:
-            if place == new and name in _OWN_FILES:
-                continue
-            file = (Path(folder) / name).resolve()
-            try:
-                _link(file, place / name, written.links)
-            except OSError as error:
-                if link != "auto" or written.links != "hard" or error.errno not in _NOT_LINKABLE:
-                    raise
-                written.links = "symbolic"  # the first file decides: they are all on one file system
-                _link(file, place / name, written.links)
-            written.linked_files += 1
-            written.linked_bytes += file.stat().st_size
+        own = _OWN_FILES if place == new else set()
+        files += [((Path(folder) / name).resolve(), place / name) for name in names if name not in own]
+    if link == "copy" and files and _clones(*files[0]):
+        written.links = "clone"  # they are all on one file system
+    if written.links == "copy":
+        _check_space(files, new)
+    size = sum(file.stat().st_size for file, _ in files)
+    hidden = True if link != "copy" else None  # None: where nobody looks at a terminal
+    with tqdm(total=size, unit="B", unit_scale=True, desc="copying data files", disable=hidden) as bar:
+        for file, place in files:
+            _bring(file, place, link)
+            bar.update(file.stat().st_size)
+    written.linked_files, written.linked_bytes = len(files), size
     return written
 
 
-def _link(file: Path, place: Path, link: str) -> None:
+def _bring(file: Path, place: Path, link: str) -> None:
     if link == "hard":
         os.link(file, place)
     elif link == "symbolic":
         place.symlink_to(file)
     else:
-        shutil.copy2(file, place)
-        with open(place, "rb") as copy:
+        with open(file, "rb") as old, open(place, "xb") as copy:
+            if not _clone(old, copy):
+                _copy_data(old, copy)
             os.fsync(copy.fileno())
+        shutil.copystat(file, place)
+
+
+def _clones(file: Path, place: Path) -> bool:
+    """Whether the file system can make one file share the blocks of another."""
+    with open(file, "rb") as old, tempfile.TemporaryFile(dir=place.parent) as copy:
+        return _clone(old, copy)
+
+
+def _clone(old: IO[bytes], copy: IO[bytes]) -> bool:
+    try:
+        fcntl.ioctl(copy.fileno(), _FICLONE, old.fileno())
+    except OSError:
+        return False  # file systems refuse it with half a dozen errors; copying finds those that matter
+    return True
+
+
+def _copy_data(old: IO[bytes], copy: IO[bytes]) -> None:
+    """Copy all but the holes of a file."""
+    size, end = os.fstat(old.fileno()).st_size, 0
+    os.truncate(copy.fileno(), size)
+    while end < size:
+        try:
+            start = os.lseek(old.fileno(), end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # a hole to the end
+                return
+            raise
+        end = os.lseek(old.fileno(), start, os.SEEK_HOLE)
+        os.lseek(copy.fileno(), start, os.SEEK_SET)
+        while start < end:
+            count = os.sendfile(copy.fileno(), old.fileno(), start, min(end - start, 1 << 30))
+            if not count:
+                raise OSError(errno.EIO, "a data file became shorter")
+            start += count
+
+
+def _check_space(files: list[tuple[Path, Path]], folder: Path) -> None:
+    needed = sum(file.stat().st_blocks * 512 for file, _ in files)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"TARGET needs {needed / 1e9:.1f} GB for copies of SOURCE's data files, {free / 1e9:.1f} GB are "
+            "free; use another disk, or --link hard or symbolic, which share the files"
+        )
 
 
 def _write(file: Path, data: bytes) -> int:
