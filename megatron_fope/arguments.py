@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 from typing import Any
 
+from megatron_fope.command_line import number, one_line_errors, whole
 from megatron_fope.config import GROWTHS, IMPLEMENTATIONS, PADDINGS, PROFILES, SCALINGS, FoPEConfig, flag
-from megatron_fope.errors import UserError, exit_on_user_error
+from megatron_fope.errors import UserError
 from megatron_fope.functional import INITIALIZATIONS
 from megatron_fope.host_arguments import CHECKPOINT_FORMATS, check_layout, head_dim_of
 from megatron_fope.implementation import check_available
@@ -97,6 +97,7 @@ def add_fope_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         action.choices = [*action.choices, FOPE]
     if flag("profile") in parser._option_string_actions:
         return parser  # registered again on top of somebody else's wrapper
+    one_line_errors(parser)
     group = parser.add_argument_group("FoPE", "Fourier position embedding (--position-embedding-type fope)")
     for field in FIELDS:
         # argparse formats help with %; our texts contain none.
@@ -107,9 +108,8 @@ def add_fope_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
             # Checked by FoPEConfig, whose one line names what is allowed.
             options["metavar"] = "{" + " ".join(_CHOICES[field.name]) + "}"
         else:
-            kind = float if field.type == "float" else int
-            options["type"] = functools.partial(_number, kind, flag(field.name))
-            options["metavar"] = "X" if kind is float else "N"
+            is_float = field.type == "float"
+            options["type"], options["metavar"] = (number(), "X") if is_float else (whole(), "N")
         group.add_argument(flag(field.name), **options)
     group.add_argument(
         START_FROM_ROPE,
@@ -142,16 +142,6 @@ def add_fope_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help=f"Accept another --rotary-base than that of the checkpoint under {START_FROM_ROPE} or {GROW}.",
     )
     return parser
-
-
-def _number(kind: type, name: str, text: str) -> float | int:
-    """Parse a number, or leave with one line: argparse would print Megatron's whole usage first."""
-    try:
-        return kind(text)
-    except ValueError:
-        allowed = "a number" if kind is float else "a whole number"
-        with exit_on_user_error():
-            raise UserError(f"{name} is {text!r}; allowed: {allowed}") from None
 
 
 def _help(field: dataclasses.Field) -> str:

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from megatron_fope import __version__
+from megatron_fope.command_line import OneLineParser, command, interruptible
 from megatron_fope.errors import UserError, exit_on_user_error
 
 _USAGE = """\
@@ -80,27 +81,30 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; None takes them from ``sys.argv``.
 
     Returns:
-        Exit code; bad input exits with 2 after one line on standard error.
+        Exit code; what a user can mend exits with 2 after one line on standard error, see
+        :func:`megatron_fope.command_line.command` for the others.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    with exit_on_user_error():
-        return _dispatch(argv)
+    cpu = argv[:1] == ["--cpu"]
+    argv = argv[cpu:]
+    if argv and (argv[0] == "pretrain" or argv[0].endswith(".py")):
+        with interruptible(), exit_on_user_error():  # other errors of a training are not ours to shorten
+            _train(argv, cpu)
+            return 0
+    with command():
+        return _run(argv, cpu)
 
 
-def _dispatch(argv: list[str]) -> int:
-    cpu = bool(argv) and argv[0] == "--cpu"
-    if cpu:
-        argv = argv[1:]
-    if argv and argv[0].endswith(".py"):
-        from megatron_fope.launch import run_script
+def _train(argv: list[str], cpu: bool) -> None:
+    from megatron_fope import launch
 
-        run_script(argv[0], argv[1:], cpu=cpu)
-        return 0
-    if argv and argv[0] == "pretrain":
-        from megatron_fope.launch import run_pretraining
+    if argv[0] == "pretrain":
+        launch.run_pretraining([a for a in argv[1:] if a != "--cpu"], cpu=cpu or "--cpu" in argv)
+    else:
+        launch.run_script(argv[0], argv[1:], cpu=cpu)
 
-        run_pretraining([a for a in argv[1:] if a != "--cpu"], cpu=cpu or "--cpu" in argv)
-        return 0
+
+def _run(argv: list[str], cpu: bool) -> int:
     if cpu:
         if not argv or argv[0] not in ("evaluate-perplexity", "evaluate-retrieval"):
             raise UserError(
@@ -108,7 +112,7 @@ def _dispatch(argv: list[str]) -> int:
                 f"'evaluate-retrieval', not {argv[0] if argv else 'nothing'!r}"
             )
         argv = [argv[0], "--cpu", *argv[1:]]
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="megatron-fope",
         usage=_USAGE,
         description=_DESCRIPTION,
@@ -118,9 +122,9 @@ def _dispatch(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="megatron-fope")
     asked = COMMANDS.get(argv[0]) if argv else None
     for name, one in COMMANDS.items():
-        command = commands.add_parser(name, help=one.help)
+        own = commands.add_parser(name, help=one.help)
         if one is asked:  # some flags take an import of torch
-            one.function(one.add)(command)
+            one.function(one.add)(own)
     behind: list[str] = []
     # argparse takes a positional and such words together only
     if asked and asked.takes_words and "--" in argv:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 from megatron_fope.log import is_rank0
 
@@ -19,14 +17,6 @@ class UserError(ValueError):
     """
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose mistakes are a :class:`UserError` instead of the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Called by argparse."""
-        raise UserError(message)
-
-
 @contextmanager
 def exit_on_user_error(program: str = "megatron-fope") -> Iterator[None]:
     """Turn a :class:`UserError` into one line and exit code 2.
@@ -37,5 +27,6 @@ def exit_on_user_error(program: str = "megatron-fope") -> Iterator[None]:
         yield
     except UserError as error:
         if is_rank0():
-            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+            line = " ".join(str(error).splitlines())  # names of files may hold line breaks
+            print(f"{program}: error: {line}", file=sys.stderr, flush=True)
         sys.exit(2)

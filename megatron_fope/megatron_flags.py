@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from megatron_fope import compat
 from megatron_fope.arguments import add_fope_arguments
-from megatron_fope.errors import OneLineParser
+from megatron_fope.command_line import OneLineParser
 
 
 def megatron_parser(prog: str) -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def megatron_parser(prog: str) -> argparse.ArgumentParser:
             compat.require_supported_megatron()
             from megatron.training import arguments
 
-            parser = OneLineParser(prog=prog, allow_abbrev=False)
+            parser = OneLineParser(prog=prog)
             arguments.add_megatron_arguments(parser)
         finally:
             logging.disable(disabled)

@@ -61,7 +61,7 @@ SETTINGS = {
     "gain negative": case("--fope-gain -0.3", "--fope-gain is -0.3", "greater than 0"),
     "gain not a number": case("--fope-gain nan", "--fope-gain is nan", "finite numbers"),
     "gain infinite": case("--fope-gain inf", "--fope-gain is inf", "finite numbers"),
-    "gain a word": case("--fope-gain big", "--fope-gain is 'big'", "allowed: a number"),
+    "gain a word": case("--fope-gain big", "--fope-gain is 'big'", "allowed: finite numbers"),
     "train length 1": case("--fope-train-length 1", "--fope-train-length is 1", "at least 2 tokens"),
     "train length 0": case("--fope-train-length 0", "--fope-train-length is 0", "at least 2 tokens"),
     "train length negative": case("--fope-train-length -64", "--fope-train-length is -64", "at least 2"),

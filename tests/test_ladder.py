@@ -178,7 +178,7 @@ REFUSED = {
     "batch": ("lr = 5e-4 -> lr = 5e-4\ngpus = 12", "stage 2: --global-batch-size is 4; allowed: a multiple"),
     "sequence parallel": ("seq-length = 128 -> seq-length = 129", "stage 1: --sequence-parallel is given: 2"),
     "typo": ("lr = 5e-4 -> lr = 5e-4\nrecompute = true", "stage 2: unrecognized arguments: --recompute"),
-    "number": ("lr = 5e-4 -> lr = 'fast'", "stage 2: argument --lr: invalid float value: 'fast'"),
+    "number": ("lr = 5e-4 -> lr = 'fast'", "stage 2: --lr is 'fast'; allowed: numbers"),
     "model": ("num-query-groups = 2 -> num-query-groups = 4", "stage 1: --num-query-groups is 4, but the"),
     "layers": ("num-layers = 4 -> num-layers = 6", "stage 1: --num-layers is 6, but the checkpoint in "),
     "warm-up": ("lr = 5e-4 -> lr = 5e-4\nlr-warmup-iters = 4", "stage 2: --lr-warmup-iters is 4; allowed"),

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 
 from megatron_fope import FoPEConfig, UserError
+from megatron_fope.command_line import OneLineParser, interruptible, number, whole
 from megatron_fope.config import PROFILES
-from megatron_fope.errors import OneLineParser, exit_on_user_error
+from megatron_fope.errors import exit_on_user_error
 
 VOCABULARY = 128
 
 
 def main() -> None:
     """Build, resume, train, save."""
-    with exit_on_user_error("train.py"):
+    with interruptible("train.py"), exit_on_user_error("train.py"):
         args = parse()
         start(args)
         engine = initialize(args)
@@ -49,21 +50,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--position", choices=("rope", "fope"), default="fope", help="position embedding")
     add("--fope-profile", choices=tuple(PROFILES), default="paper", help="published variant")
-    add("--fope-gain", type=float, metavar="X", help="spread of the coefficients; default: the profile's")
+    add("--fope-gain", type=number(), metavar="X", help="spread of the coefficients; default: the profile's")
     add("--fope-learnable", action="store_true", help="train the coefficients")
-    add("--zero", type=int, choices=(0, 1, 2, 3), default=1, help="ZeRO stage")
+    add("--zero", type=whole(), choices=(0, 1, 2, 3), default=1, help="ZeRO stage")
     add("--zero-init", action="store_true", help="with --zero 3: divide each parameter as it is made")
-    add("--ulysses", type=int, default=1, metavar="N", help="ranks that share a sequence")
+    add("--ulysses", type=whole(1), default=1, metavar="N", help="ranks that share a sequence")
     add("--bf16", action="store_true", help="weights and activations in bf16, optimizer in fp32")
     add("--cpu", action="store_true", help="train on the CPU with gloo")
-    add("--steps", type=int, default=20, metavar="N", help="number of the last step")
-    add("--global-batch-size", type=int, default=4, metavar="N", help="sequences of all ranks in a step")
-    add("--seq-length", type=int, default=64, metavar="N", help="tokens of a sequence on all its ranks")
-    add("--layers", type=int, default=2, metavar="N")
-    add("--hidden", type=int, default=64, metavar="N", help="channels")
-    add("--heads", type=int, default=4, metavar="N", help="query heads")
-    add("--kv-heads", type=int, default=2, metavar="N")
-    add("--rotary-base", type=int, default=10000, metavar="X")
+    add("--steps", type=whole(1), default=20, metavar="N", help="number of the last step")
+    add("--global-batch-size", type=whole(1), default=4, metavar="N", help="sequences of all ranks in a step")
+    add("--seq-length", type=whole(1), default=64, metavar="N", help="tokens of a sequence on all its ranks")
+    add("--layers", type=whole(1), default=2, metavar="N")
+    add("--hidden", type=whole(1), default=64, metavar="N", help="channels")
+    add("--heads", type=whole(1), default=4, metavar="N", help="query heads")
+    add("--kv-heads", type=whole(1), default=2, metavar="N")
+    add("--rotary-base", type=number(above=1), default=10000, metavar="X")
     add("--save", metavar="FOLDER", help="write a checkpoint after the last step")
     add("--load", metavar="FOLDER", help="resume from the latest checkpoint there")
     add("--config", metavar="FILE", default=Path(__file__).with_name("config.json"), help="DeepSpeed's")
@@ -80,15 +81,15 @@ def check(args: argparse.Namespace) -> None:
     if args.ulysses < 1 or ranks % args.ulysses:
         raise UserError(f"--ulysses is {args.ulysses}; allowed: a divisor of the number of ranks, {ranks}")
     pieces = 2 * args.ulysses if args.ulysses > 1 else 1
-    for flag, number, divisor, why in (
+    for flag, value, divisor, why in (
         ("--hidden", args.hidden, args.heads, "--heads"),
         ("--heads", args.heads, args.kv_heads, "--kv-heads"),
         ("--kv-heads", args.kv_heads, args.ulysses, "--ulysses: every rank attends with some heads"),
         ("--seq-length", args.seq_length, pieces, "two pieces per rank of --ulysses"),
         ("--global-batch-size", args.global_batch_size, ranks // args.ulysses, "ranks / --ulysses"),
     ):
-        if divisor < 1 or number < 1 or number % divisor:
-            raise UserError(f"{flag} is {number}; allowed: a multiple of {divisor} ({why})")
+        if value % divisor:
+            raise UserError(f"{flag} is {value}; allowed: a multiple of {divisor} ({why})")
     fope_config(args)
     if args.zero_init and args.zero != 3:
         raise UserError(f"--zero-init is given with --zero {args.zero}; allowed: --zero 3")

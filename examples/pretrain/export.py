@@ -11,7 +11,6 @@ coefficients are float32. The tokenizer is not exported, nor are the ids of spec
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Iterator
@@ -24,8 +23,8 @@ from torch import Tensor
 from megatron_fope import UserError
 from megatron_fope.anneal import is_annealed
 from megatron_fope.arguments import fope_config_of_checkpoint
+from megatron_fope.command_line import OneLineParser, command, whole
 from megatron_fope.conversion.source import Checkpoint, is_optimizer, open_checkpoint
-from megatron_fope.errors import exit_on_user_error
 from megatron_fope.host_arguments import num_kv_heads_of
 from megatron_fope.staging import staging_folder
 
@@ -263,12 +262,12 @@ def _fope(source: Checkpoint, config: dict[str, Any], where: str) -> dict[str, A
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Export a dense Megatron checkpoint to Hugging Face.")
+    parser = OneLineParser(description="Export a dense Megatron checkpoint to Hugging Face.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder made by --save, torch_dist format")
     parser.add_argument("out", metavar="OUT", help="new folder")
-    parser.add_argument("--iteration", type=int, help="default: the latest")
-    arguments = parser.parse_args()
-    with exit_on_user_error("export.py"):
+    parser.add_argument("--iteration", type=whole(0), metavar="N", help="default: the latest")
+    with command("export.py"):
+        arguments = parser.parse_args()
         torch.set_num_threads(1)
         print(export(arguments.checkpoint, arguments.out, arguments.iteration))
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_fope.command_line import separated, whole
 from megatron_fope.compat import require_supported_megatron
 from megatron_fope.errors import UserError
 
@@ -34,9 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--out", default="out/bench", metavar="FOLDER", help="results (out/bench)")
         if device:
             command.add_argument(
-                "--device", default=device, metavar="NAME", help=f"{', '.join(DEVICES)} (default: {device})"
+                "--device", default=device, choices=DEVICES, help=f"where it runs (default: {device})"
             )
-            command.add_argument("--threads", default="1", metavar="N", help="threads on a CPU (1)")
+            command.add_argument(
+                "--threads", type=whole(1), default=1, metavar="N", help="threads on a CPU (1)"
+            )
         return command
 
     rotary = add("rotary", "time of the rotation of q and k, every implementation in one run, checked first")
@@ -52,16 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rotary.add_argument("--profile", metavar="NAME,...", help="paper, intern-s1-pro")
     rotary.add_argument("--rotary-base", metavar="X", help="base of the frequencies")
     rotary.add_argument("--learnable", action="store_const", const=True, help="coefficients get a gradient")
-    rotary.add_argument("--seconds", default="5", metavar="N", help="time per configuration (5)")
+    rotary.add_argument("--seconds", type=whole(1), default=5, metavar="N", help="time per configuration (5)")
     rotary.add_argument(
         "--picture", action=argparse.BooleanOptionalAction, default=True, help="draw the CSV afterwards"
     )
 
     memory = add("memory", "bytes of tables, of what the backward pass keeps, and of temporaries")
-    memory.add_argument("--sequence", metavar="N,...", help="tokens S (8192,131072,1048576)")
+    memory.add_argument(
+        "--sequence", type=separated(whole(16)), metavar="N,...", help="tokens S (8192,131072,1048576)"
+    )
 
     step = add("step", "time of a training step of a small GPT with RoPE and with FoPE, in turns")
-    step.add_argument("--steps", default="20", metavar="N", help="timed steps of each (20)")
+    step.add_argument("--steps", type=whole(2), default=20, metavar="N", help="timed steps of each (20)")
     step.add_argument("megatron", nargs="*", metavar="-- MEGATRON FLAGS", help="other sizes or precision")
 
     communication = add("communication", "collectives and bytes of a training step, counted", device="cpu")
@@ -86,9 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if arguments.benchmark == "plot":
         return _plot(out)
-    threads = whole("--threads", arguments.threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    device = _device(arguments.device, threads)
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    device = _device(arguments.device, arguments.threads)
     if arguments.benchmark in ("memory", "step", "communication"):
         require_supported_megatron()
     return _BENCHMARKS[arguments.benchmark](arguments, device, out)
@@ -109,7 +112,7 @@ def _rotary(arguments: argparse.Namespace, device: torch.device, out: Path) -> i
         "learnable",
     )
     given = {name: getattr(arguments, name, None) for name in names}
-    seconds = whole("--seconds", getattr(arguments, "seconds", "5"))
+    seconds = getattr(arguments, "seconds", 5)
     selected = providers.select(getattr(arguments, "provider", None))
     failures = rotary.run(cases.parse_cases(device, given), selected, device, out, seconds=seconds)
     if getattr(arguments, "picture", True):
@@ -122,21 +125,15 @@ def _rotary(arguments: argparse.Namespace, device: torch.device, out: Path) -> i
 
 def _memory(arguments: argparse.Namespace, device: torch.device, out: Path) -> int:
     from megatron_fope.bench import memory
-    from megatron_fope.bench.cases import numbers
 
-    text = getattr(arguments, "sequence", None)
-    lengths = memory.LENGTHS if text is None else tuple(numbers("--sequence", text))
-    if min(lengths) < 16:
-        raise UserError(f"--sequence is {text!r}; allowed: at least 16 tokens")
-    memory.run(device, out, lengths=lengths)
+    memory.run(device, out, lengths=getattr(arguments, "sequence", None) or memory.LENGTHS)
     return 0
 
 
 def _step(arguments: argparse.Namespace, device: torch.device, out: Path) -> int:
     from megatron_fope.bench import end_to_end
 
-    steps = whole("--steps", arguments.steps, least=2)
-    end_to_end.run(out, cpu=device.type == "cpu", steps=steps, flags=arguments.megatron)
+    end_to_end.run(out, cpu=device.type == "cpu", steps=arguments.steps, flags=arguments.megatron)
     return 0
 
 
@@ -153,7 +150,7 @@ def _communication(arguments: argparse.Namespace, device: torch.device, out: Pat
     if device.type == "cuda" and torch.cuda.device_count() < num_ranks:
         raise UserError(
             f"--device is 'cuda', and --layout needs {num_ranks} GPUs where there are "
-            f"{torch.cuda.device_count()}; allowed here: cpu"
+            f"{torch.cuda.device_count()}; use --device cpu"
         )
     return 1 if communication.run(layouts, out, cpu=device.type == "cpu") else 0
 
@@ -176,7 +173,7 @@ def _all(arguments: argparse.Namespace, device: torch.device, out: Path) -> int:
     _memory(arguments, device, out)
     # A process of its own: Megatron is initialised once, and the CPU runtime changes torch.
     command = [sys.executable, "-m", "megatron_fope", "bench", "step", "--device", device.type]
-    command += ["--out", str(out), "--threads", arguments.threads]
+    command += ["--out", str(out), "--threads", str(arguments.threads)]
     step = subprocess.run(command).returncode
     return failed or step
 
@@ -190,25 +187,12 @@ _BENCHMARKS = {
 }
 
 
-def whole(flag: str, text: str, least: int = 1) -> int:
-    """A flag's value as a whole number.
-
-    Raises:
-        UserError: something else, or too small.
-    """
-    if not re.fullmatch(r"[0-9]+", text) or int(text) < least:
-        raise UserError(f"{flag} is {text!r}; allowed: whole numbers >= {least}")
-    return int(text)
-
-
 def _device(name: str, threads: int) -> torch.device:
-    if name not in DEVICES:
-        raise UserError(f"--device is {name!r}; allowed: {', '.join(DEVICES)}")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA compiler
     import torch
 
     torch.set_num_threads(threads)
     visible = torch.cuda.is_available()
     if name == "cuda" and not visible:
-        raise UserError("--device is 'cuda', but no CUDA device is visible; allowed here: auto, cpu")
+        raise UserError("--device is 'cuda', but no CUDA device is visible; use auto or cpu")
     return torch.device("cuda" if visible and name != "cpu" else "cpu")

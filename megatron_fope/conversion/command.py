@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from megatron_fope.errors import UserError, exit_on_user_error
+from megatron_fope.command_line import number, whole
+from megatron_fope.errors import UserError
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +30,8 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
         metavar="{fope rope}",
         help="what TARGET becomes (default: fope); rope removes the coefficients",
     )
-    add("--rotary-base", type=_number, metavar="X", help="new base of the frequencies (default: SOURCE's)")
-    add("--seq-length", type=_length, metavar="N", help="new --seq-length in TARGET's arguments, tokens")
+    add("--rotary-base", type=number(), metavar="X", help="new base of the frequencies (default: SOURCE's)")
+    add("--seq-length", type=whole(1), metavar="N", help="new --seq-length in TARGET's arguments, tokens")
     add(
         "--link",
         default="copy",
@@ -60,7 +61,7 @@ def run_convert(args: argparse.Namespace) -> int:
     done = convert(
         args.source,
         args.target,
-        iteration=_iteration(args.iteration, "--iteration"),
+        iteration=args.iteration,
         position_embedding_type=args.position_embedding_type,
         rotary_base=args.rotary_base,
         seq_length=args.seq_length,
@@ -108,7 +109,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     """``inspect``; raises as :func:`run_convert`."""
     from megatron_fope.conversion.inspection import inspect
 
-    found = inspect(args.folder, iteration=_iteration(args.iteration, "--iteration"))
+    found = inspect(args.folder, iteration=args.iteration)
     print(json.dumps(found.to_dict(), indent=2) if args.json else found)
     return 0
 
@@ -134,36 +135,21 @@ def run_diff(args: argparse.Namespace) -> int:
     """
     from megatron_fope.conversion.comparison import diff
 
-    iterations = _iteration(args.iteration_a, "--iteration-a"), _iteration(args.iteration_b, "--iteration-b")
+    iterations = args.iteration_a, args.iteration_b
     found = diff(args.first, args.second, iterations=iterations)
     print(found)
     return int(found.different)
 
 
 def _add_iteration(parser: argparse.ArgumentParser, name: str, folder: str) -> None:
-    parser.add_argument(name, metavar="N", help=f"iteration of {folder}, or 'release' (default: the latest)")
+    parser.add_argument(
+        name, type=_iteration, metavar="N", help=f"iteration of {folder}, or 'release' (default: the latest)"
+    )
 
 
-def _iteration(text: str | None, name: str) -> int | str | None:
-    if text is None or text == "release":
+def _iteration(text: str) -> int | str:
+    if text == "release":
         return text
     if not text.isdecimal():
-        raise UserError(f"{name} is {text!r}; allowed: the number of an iteration or 'release'")
+        raise argparse.ArgumentTypeError(f"is {text!r}; allowed: the number of an iteration or 'release'")
     return int(text)
-
-
-def _length(text: str) -> int:
-    return int(_parse(int, "--seq-length", text))
-
-
-def _number(text: str) -> float:
-    return float(_parse(float, "--rotary-base", text))
-
-
-def _parse(kind: type, name: str, text: str) -> float | int:
-    """Parse a number, or leave with one line instead of a usage that lists every flag."""
-    try:
-        return kind(text)
-    except ValueError:
-        with exit_on_user_error():
-            raise UserError(f"{name} is {text!r}; allowed: a number") from None

@@ -6,6 +6,7 @@ import argparse
 import logging
 import shlex
 
+from megatron_fope.command_line import number, whole
 from megatron_fope.data.prepare import ON_BAD_FILE, prepare_data
 from megatron_fope.data.readers import DEFAULT_INCLUDE, FORMATS
 from megatron_fope.data.tokenizers import BYTES
@@ -34,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="end each document with the end-of-document id (default: yes)",
     )
     add("--eod-token", metavar="TOKEN", help="Hugging Face tokenizers: that token, if not their EOS token")
-    add("--workers", type=int, default=1, metavar="N", help="Hugging Face tokenizers: processes (default: 1)")
+    add(
+        "--workers",
+        type=whole(),
+        default=1,
+        metavar="N",
+        help="Hugging Face tokenizers: processes (default: 1)",
+    )
     add(
         "--include",
         nargs="+",
@@ -65,19 +72,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--shuffle-seed",
-        type=int,
+        type=whole(),
         metavar="N",
         help="put the documents in an order drawn from N (default: as read); see Megatron's --split",
     )
     add(
         "--holdout-fraction",
-        type=float,
+        type=number(),
         default=0.0,
         metavar="F",
         help="put this part of the documents into PREFIX_heldout, the rest into PREFIX_train; "
         "copies of a text stay together (default: 0, one dataset)",
     )
-    add("--holdout-seed", type=int, default=0, metavar="N", help="which documents those are (default: 0)")
+    add("--holdout-seed", type=whole(), default=0, metavar="N", help="which documents those are (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 
+from megatron_fope.command_line import number, whole
 from megatron_fope.data.recall import make_recall_data
 
 
@@ -20,19 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace an existing dataset of that prefix")
     add(
         "--length",
-        type=int,
+        type=whole(),
         required=True,
         metavar="N",
         help="tokens of a document; train with --seq-length N",
     )
-    add("--documents", type=int, required=True, metavar="N", help="how many")
+    add("--documents", type=whole(), required=True, metavar="N", help="how many")
     add(
         "--text",
         metavar="PREFIX",
         help="dataset of prepare-data whose text stands between the pairs (default: random tokens)",
     )
-    add("--keys", type=int, default=8, metavar="N", help="different keys (default: 8)")
-    add("--values", type=int, default=8, metavar="N", help="different values of each key (default: 8)")
+    add("--keys", type=whole(), default=8, metavar="N", help="different keys (default: 8)")
+    add("--values", type=whole(), default=8, metavar="N", help="different values of each key (default: 8)")
     add(
         "--common-values",
         action="store_true",
@@ -40,12 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--pair-fraction",
-        type=float,
+        type=number(),
         default=0.5,
         metavar="F",
         help="part of the tokens that belongs to pairs (default: 0.5)",
     )
-    add("--seed", type=int, default=1234, metavar="N", help="of everything that is random (default: 1234)")
+    add(
+        "--seed", type=whole(), default=1234, metavar="N", help="of everything that is random (default: 1234)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_fope.command_line import whole
 from megatron_fope.errors import UserError
 from megatron_fope.evaluation import launching
 from megatron_fope.evaluation.launching import Layout
@@ -31,10 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,N,...",
         help="context lengths in tokens. Default: 0.5 to 16 times the first checkpoint's train length",
     )
-    add("--tokens", type=int, default=65536, metavar="N", help="tokens evaluated per length (default: 65536)")
+    add(
+        "--tokens",
+        type=whole(),
+        default=65536,
+        metavar="N",
+        help="tokens evaluated per length (default: 65536)",
+    )
     add(
         "--by-position",
-        type=int,
+        type=whole(),
         metavar="BUCKETS",
         help="also perplexity by position: the window is divided into this many equal ranges",
     )

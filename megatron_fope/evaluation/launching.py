@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_fope import __version__
 from megatron_fope.checkpoint import CheckpointInfo, read_checkpoint
+from megatron_fope.command_line import whole
 from megatron_fope.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, title: str) -> None:
     )
     add(
         "--tokens-per-batch",
-        type=int,
+        type=whole(),
         default=4096,
         metavar="N",
         help="tokens in one forward pass, at least one sequence (default: 4096)",
@@ -110,8 +111,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, title: str) -> None:
     add("--title", default=title, help="title of the picture")
     for word, letters in (("tensor", "TP"), ("pipeline", "PP")):
         own = f"{letters} of this run (default: the checkpoint's)"
-        add(f"--{word}-model-parallel-size", type=int, metavar="N", help=own)
-    add("--context-parallel-size", type=int, default=1, metavar="N", help="CP of this run (default: 1)")
+        add(f"--{word}-model-parallel-size", type=whole(), metavar="N", help=own)
+    add("--context-parallel-size", type=whole(), default=1, metavar="N", help="CP of this run (default: 1)")
     add("--cpu", action="store_true", help="evaluate on the CPU with gloo")
     add(
         "megatron",

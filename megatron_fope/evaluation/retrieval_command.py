@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fope.checkpoint import CheckpointInfo
+from megatron_fope.command_line import number, whole
 from megatron_fope.data import read_sidecar
 from megatron_fope.errors import UserError
 from megatron_fope.evaluation import launching
@@ -54,13 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D,D,...",
         help="where the answer stands, 0: at the beginning, 1: right before the query (default: %(default)s)",
     )
-    add("--samples", type=int, default=20, metavar="N", help="prompts per length and depth (default: 20)")
-    add("--seed", type=int, default=1234, metavar="N", help="of the prompts (default: 1234)")
+    add("--samples", type=whole(), default=20, metavar="N", help="prompts per length and depth (default: 20)")
+    add("--seed", type=whole(), default=1234, metavar="N", help="of the prompts (default: 1234)")
     add("--key-ids", metavar="FIRST:STOP", help="ids of keys. Default: make-recall-data's, else the data's")
     add("--value-ids", metavar="FIRST:STOP", help="ids of values. Default: as for keys")
-    add("--key-tokens", type=int, default=8, metavar="N", help="needle, passkey: key length (default: 8)")
-    add("--value-tokens", type=int, metavar="N", help="answer length (default: 5; recall: always 1)")
-    add("--pair-fraction", type=float, metavar="F", help="recall: part of the tokens that belongs to pairs")
+    add("--key-tokens", type=whole(), default=8, metavar="N", help="needle, passkey: key length (default: 8)")
+    add("--value-tokens", type=whole(), metavar="N", help="answer length (default: 5; recall: always 1)")
+    add(
+        "--pair-fraction", type=number(), metavar="F", help="recall: part of the tokens that belongs to pairs"
+    )
     add(
         "--tokenizer",
         metavar="bytes|PATH",

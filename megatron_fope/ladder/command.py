@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 
+from megatron_fope.command_line import whole
 from megatron_fope.errors import UserError
 
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("schedule", metavar="SCHEDULE", help="TOML file")
     add("--run", action="store_true", help="run the stages, each in its own processes")
-    add("--stage", type=int, metavar="N", help="print or run only this one, from 1")
+    add("--stage", type=whole(), metavar="N", help="print or run only this one, from 1")
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
+from megatron_fope.command_line import number, whole
 from megatron_fope.errors import UserError
 from megatron_fope.planning.cluster import GPUS, Cluster, memory_of
 
@@ -25,18 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "calculated and how: python -m pydoc megatron_fope.planning.activations, .states, .communication"
     )
     add = parser.add_argument
-    add("--gpus", type=int, metavar="N", help="GPUs in all")
+    add("--gpus", type=whole(), metavar="N", help="GPUs in all")
     add("--gpu", metavar="NAME", help=f"one of {', '.join(f'{n} ({m} GiB)' for n, m in GPUS.items())}")
-    add("--gpu-memory", type=float, metavar="GIB", help="memory of a GPU in GiB, instead of --gpu")
-    add("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
+    add("--gpu-memory", type=number(), metavar="GIB", help="memory of a GPU in GiB, instead of --gpu")
+    add("--gpus-per-node", type=whole(), default=8, metavar="N", help="default: %(default)s")
     add(
         "--margin",
-        type=float,
+        type=number(),
         default=0.1,
         metavar="SHARE",
         help="share of the memory to leave free for what is not counted (default: %(default)s)",
     )
-    add("--show", type=int, default=5, metavar="N", help="layouts to list (default: %(default)s)")
+    add("--show", type=whole(), default=5, metavar="N", help="layouts to list (default: %(default)s)")
     add("--json", action="store_true", help="machine-readable, sizes in bytes")
 
 
