@@ -24,8 +24,6 @@ implementation, float64 is used for exact angles and for gradient checks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -302,41 +300,59 @@ def fourier_basis(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     return angles.sin(), angles.cos()
 
 
-@contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
-    """No autocast and no TF32 inside: ``autocast(enabled=False)`` alone leaves TF32 on."""
-    previous = torch.get_float32_matmul_precision()
-    if previous != "highest":
-        torch.set_float32_matmul_precision("highest")
+def multiply(a: Tensor, b: Tensor, *, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """``a @ b (+ add)``, exact to float32 under autocast and whatever shortcuts the user allows PyTorch.
+
+    Where float32 products may be shortened to TF32 or bfloat16, these are made in float64. The switches
+    are only read, not changed for a while: they belong to the process, in which other threads multiply, and
+    PyTorch refuses to tell by one of its two interfaces what was set by the other.
+
+    Args:
+        a: ``[n, k]`` float32 or float64.
+        b: ``[k, m]``, same dtype.
+        add: ``[n, m]`` or ``[m]``, added before the result is rounded.
+        out: ``[n, m]``, receives the result.
+
+    Returns:
+        ``[n, m]`` of the same dtype.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float64 or not _shortens_products(a.device.type):
+            return torch.mm(a, b, out=out) if add is None else torch.addmm(add, a, b, out=out)
+        product = torch.mm(a.double(), b.double())
+        if add is not None:
+            product += add
+        return product.to(a.dtype) if out is None else out.copy_(product)
+
+
+def _shortens_products(device_type: str) -> bool:
+    """Whether PyTorch may multiply float32 matrices on a device with fewer bits."""
+    backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
     try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        if previous != "highest":
-            torch.set_float32_matmul_precision(previous)
+        return backend.matmul.fp32_precision not in ("ieee", "none")
+    except AttributeError:  # before PyTorch 2.9, which has one interface only
+        return torch.get_float32_matmul_precision() != "highest"
 
 
 class _MixBasis(torch.autograd.Function):
-    """``[N, D_in] x [H, D_in, D_out] -> [N, H, D_out]`` in full precision, forward and backward.
+    """``[N, D_in] x [H, D_in, D_out] -> [N, H, D_out]`` by :func:`multiply`, forward and backward.
 
-    A function of its own because a plain matmul's backward would run after the caller's context ended,
-    under whatever TF32 setting training uses.
+    A function of its own because the backward pass of a plain product would be a plain product, under
+    autocast and whatever TF32 setting training uses.
     """
 
     @staticmethod
     def forward(ctx, basis: Tensor, coefficients: Tensor) -> Tensor:
         ctx.save_for_backward(basis)
         heads, d_in, d_out = coefficients.shape
-        with full_precision(basis.device.type):
-            mixed = basis @ coefficients.permute(1, 0, 2).reshape(d_in, heads * d_out)
+        mixed = multiply(basis, coefficients.permute(1, 0, 2).reshape(d_in, heads * d_out))
         return mixed.view(-1, heads, d_out)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
         (basis,) = ctx.saved_tensors
         _, heads, d_out = grad.shape
-        with full_precision(basis.device.type):
-            mixed = basis.transpose(0, 1) @ grad.reshape(-1, heads * d_out)
+        mixed = multiply(basis.transpose(0, 1), grad.reshape(-1, heads * d_out))
         return None, mixed.view(-1, heads, d_out).permute(1, 0, 2)
 
 

@@ -125,11 +125,11 @@ class _Series:
     pad_sin: float
     pad_cos: float
 
-    def mixers(self, width: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def mixers(self, width: int) -> tuple[tuple[Tensor | None, Tensor], tuple[Tensor | None, Tensor]]:
         """(constants, matrix) of sin and of cos, ``[H * width]`` and ``[D_in, H * width]``.
 
         ``constants + basis @ matrix`` are the tables of ``width >= D_out`` pairs per head: pairs without a
-        series get a column of zeros and the padding as constant.
+        series get a column of zeros and the padding as constant; without such pairs there are no constants.
         """
         return (
             _mixer(self.sin_coef, width, self.pad_sin),
@@ -137,10 +137,12 @@ class _Series:
         )
 
 
-def _mixer(coef: Tensor, width: int, pad: float) -> tuple[Tensor, Tensor]:
+def _mixer(coef: Tensor, width: int, pad: float) -> tuple[Tensor | None, Tensor]:
     groups, d_in, d_out = coef.shape
     matrix = coef.new_zeros(d_in, groups, width)
     matrix[..., :d_out] = coef.transpose(0, 1)
+    if width == d_out:
+        return None, matrix.flatten(1)
     constants = coef.new_zeros(groups, width)
     constants[:, d_out:] = pad
     return constants.flatten(), matrix.flatten(1)
@@ -176,24 +178,19 @@ def _turn(tensors: tuple[Tensor, ...], series: _Series) -> tuple[Tensor, ...]:
     blocks = zip(*(t.split(size) for t in tensors), strict=True)
     out_blocks = zip(*(t.split(size) for t in outs), strict=True)
     length = 0
-    with functional.full_precision(outs[0].device.type):
-        for (sin_basis, cos_basis), block, out_block in zip(bases, blocks, out_blocks, strict=True):
-            if sin_basis.size(0) != length:  # the first block and a shorter last one
-                length = sin_basis.size(0)
-                sin, cos = (table[:length] for table in tables)
-                shape = (length, 1, groups, 1, width)
-                work = [tuple(b[:length] for b in buffers[t.shape[1:]]) for t in tensors]
-                parts = [_Parts(*pair, sin.view(shape), cos.view(shape)) for pair in work]
-            if width == d_out:
-                torch.mm(sin_basis, sin_matrix, out=sin)
-                torch.mm(cos_basis, cos_matrix, out=cos)
-            else:
-                torch.addmm(sin_constants, sin_basis, sin_matrix, out=sin)
-                torch.addmm(cos_constants, cos_basis, cos_matrix, out=cos)
-            for x, out, (wide_in, wide_out), part in zip(block, out_block, work, parts, strict=True):
-                wide_in.copy_(x)
-                part.turn(series.pad_sin, series.pad_cos)
-                out.copy_(wide_out)
+    for (sin_basis, cos_basis), block, out_block in zip(bases, blocks, out_blocks, strict=True):
+        if sin_basis.size(0) != length:  # the first block and a shorter last one
+            length = sin_basis.size(0)
+            sin, cos = (table[:length] for table in tables)
+            shape = (length, 1, groups, 1, width)
+            work = [tuple(b[:length] for b in buffers[t.shape[1:]]) for t in tensors]
+            parts = [_Parts(*pair, sin.view(shape), cos.view(shape)) for pair in work]
+        functional.multiply(sin_basis, sin_matrix, add=sin_constants, out=sin)
+        functional.multiply(cos_basis, cos_matrix, add=cos_constants, out=cos)
+        for x, out, (wide_in, wide_out), part in zip(block, out_block, work, parts, strict=True):
+            wide_in.copy_(x)
+            part.turn(series.pad_sin, series.pad_cos)
+            out.copy_(wide_out)
     return outs
 
 
@@ -245,14 +242,13 @@ def _coefficient_gradients(
     sums = [series.sin_coef.new_zeros(d_in, groups * d_out) for _ in range(2)]
     size = _block_size(grads)
     blocks = zip(*(t.split(size) for t in (series.sin_basis, series.cos_basis, *inputs, *grads)), strict=True)
-    with functional.full_precision(grads[0].device.type):
-        for sin_basis, cos_basis, query, key, grad_query, grad_key in blocks:
-            of_query, of_key = (
-                _series_gradients(x, g, groups, d_out, sin_basis.dtype)
-                for x, g in ((query, grad_query), (key, grad_key))
-            )
-            for total, basis, a, b in zip(sums, (sin_basis, cos_basis), of_query, of_key, strict=True):
-                total.addmm_(basis.transpose(0, 1), (a + b).flatten(1))
+    for sin_basis, cos_basis, query, key, grad_query, grad_key in blocks:
+        of_query, of_key = (
+            _series_gradients(x, g, groups, d_out, sin_basis.dtype)
+            for x, g in ((query, grad_query), (key, grad_key))
+        )
+        for total, basis, a, b in zip(sums, (sin_basis, cos_basis), of_query, of_key, strict=True):
+            functional.multiply(basis.transpose(0, 1), (a + b).flatten(1), add=total, out=total)
     return tuple(total.view(d_in, groups, d_out).transpose(0, 1) for total in sums)
 
 

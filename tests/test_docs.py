@@ -121,7 +121,9 @@ def set_up(**variables: str) -> subprocess.CompletedProcess[str]:
 def test_set_up_refuses_an_interpreter_that_does_not_fit(tmp_path: Path) -> None:
     done = set_up(PYTHON="/no/such/python", VENV=str(tmp_path / "venv"))
     assert done.returncode == 2
-    assert done.stderr == "setup: error: PYTHON is '/no/such/python'; allowed: a Python 3.12 or 3.13 with venv\n"
+    assert (
+        done.stderr == "setup: error: PYTHON is '/no/such/python'; allowed: a Python 3.12 or 3.13 with venv\n"
+    )
     assert not (tmp_path / "venv").exists()
 
 

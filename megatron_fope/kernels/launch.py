@@ -90,8 +90,8 @@ def backward(
             total.zero_()
     _rotate(grad_query, grad_key, out, call, sign=-1.0, saved=(query, key), sums=sums)
     bases = (_rows(basis, query.size(0), call) for basis in (call.sin_basis, call.cos_basis))
-    with functional.full_precision(query.device.type):
-        grads = [basis.transpose(0, 1) @ total.flatten(1) for basis, total in zip(bases, sums, strict=True)]
+    pairs = zip(bases, sums, strict=True)
+    grads = [functional.multiply(basis.transpose(0, 1), total.flatten(1)) for basis, total in pairs]
     grads = [g.unflatten(1, shape[1:]).transpose(0, 1) for g in grads]
     if call.sin_coef.size(0) == 1:
         grads = [g.sum(dim=0, keepdim=True) for g in grads]
