@@ -13,10 +13,11 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_fope import compat, functional, implementation
+from megatron_fope import compat, functional
 from megatron_fope.anneal import Interpolation
 from megatron_fope.config import FoPEConfig
 from megatron_fope.growth import grow_coefficients
+from megatron_fope.implementation import Case, Implementation, choose
 from megatron_fope.positions import local_positions
 from megatron_fope.precision import KeepsPrecision
 from megatron_fope.sharing import forget, representative
@@ -134,6 +135,34 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         start = self.tp_group.rank() * self.num_kv_heads // tp_size
         return {name: value[start : start + heads_per_rank] for name, value in local.items()}
 
+    def implementation(
+        self, device: torch.device, dtype: torch.dtype, heads: int, groups: int, rows: int
+    ) -> Implementation:
+        """What rotates queries and keys.
+
+        Args:
+            device: of query and key.
+            dtype: of query and key.
+            heads: query heads of this rank.
+            groups: KV heads of this rank.
+            rows: tokens of this rank.
+        """
+        d_in, d_out = self.inv_freq.numel(), getattr(self, self.coefficient_names[0]).size(-1)
+        settings, between = self.fope, self.interpolation
+        if between is not None and between.active:
+            d_in, d_out, settings = between.inv_freq.numel() + 1, self.head_dim // 2, between.settings
+        case = Case(
+            config=settings,
+            dtype=dtype,
+            heads=heads,
+            groups=groups,
+            head_dim=self.head_dim,
+            coefficient_heads=groups if self.fope.separate_heads else 1,
+            d_in=d_in,
+            d_out=d_out,
+        )
+        return choose(self.fope.implementation, device, case, rows)
+
     def forward(
         self,
         query: Tensor,
@@ -167,7 +196,7 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         sin_basis, cos_basis = self._basis(
             query, cp_group, packed_seq_params, inference_context, sequence_len_offset, between
         )
-        chosen = implementation.choose(self.fope.implementation, query.device)
+        chosen = self.implementation(query.device, query.dtype, query.size(2), key.size(2), query.size(0))
         if between is None:
             coefficients = self.coefficients(shared=chosen.keeps_tables)
             return chosen.rotate(query, key, sin_basis, cos_basis, coefficients, self.fope)

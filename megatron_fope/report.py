@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_fope.config import FoPEConfig
+
+if TYPE_CHECKING:
+    from megatron_fope.implementation import Implementation
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,6 @@ def describe(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerRe
     """
     from megatron.core.transformer.attention import Attention
 
-    from megatron_fope.implementation import choose, current_device
     from megatron_fope.spec import FOPE_ATTENTIONS
 
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
@@ -100,10 +102,24 @@ def describe(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerRe
                     num_pairs=head_dim // 2,
                     num_clipped=embedding.fope.num_clipped(head_dim),
                     rotates=module.fope_rotates,
-                    path=str(choose(embedding.fope.implementation, current_device())),
+                    path=str(_implementation(module)),
                 )
             )
     return reports
+
+
+def _implementation(attention: Any) -> Implementation:
+    """What will rotate a layer's queries and keys."""
+    from megatron_fope.implementation import current_device
+
+    embedding, ranks = attention.fope, attention.pg_collection.tp.size()
+    return embedding.implementation(
+        current_device(),
+        attention.config.params_dtype,
+        heads=attention.config.num_attention_heads // ranks,
+        groups=max(1, embedding.num_kv_heads // ranks),
+        rows=embedding.fope.train_length,
+    )
 
 
 def assert_fope_active(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerReport]:

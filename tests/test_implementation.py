@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+pytest.importorskip("megatron.core")
+
 from megatron_fope import implementation, kernels, rotation
 from megatron_fope.config import FoPEConfig
+from megatron_fope.embedding import FourierEmbedding
 from megatron_fope.errors import UserError
+from megatron_fope.implementation import Case
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
-def forget() -> None:
-    implementation._choose.cache_clear()
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(implementation, "_compared", {})
 
 
 def test_a_cpu_rotates_with_pytorch() -> None:
@@ -44,45 +50,174 @@ def test_the_name_does_not_change_a_model() -> None:
     assert not a.differences(b)
 
 
-def slightly_wrong(*args, **kwargs):
-    query, key = rotation.rotate(*args, **kwargs)
-    return query, key + 0.01 * key.detach()
+def right(*args, variant=None):
+    return rotation.rotate(*args)
 
 
-def wrong_backward(query, key, *args):
+def slightly_wrong(*args, variant=None):
+    query, key = rotation.rotate(*args)
+    return query, key + 0.02 * key.detach()
+
+
+def wrong_backward(query, key, *args, variant=None):
     return rotation.rotate(query, key.detach() + 0 * key, *args)
 
 
-def failing(*args, **kwargs):
+def wrong_coefficient_gradients(query, key, sin, cos, coefficients, config, variant=None):
+    coefficients = {
+        name: value.detach() + 1.02 * (value - value.detach()) for name, value in coefficients.items()
+    }
+    return rotation.rotate(query, key, sin, cos, coefficients, config)
+
+
+def failing(*args, variant=None):
     raise RuntimeError("no such instruction\nmore")
 
 
-@pytest.mark.parametrize(
-    ("rotate", "said"),
-    [
-        (rotation.rotate, None),
-        (slightly_wrong, "their results differ from PyTorch's by"),
-        (wrong_backward, "their results differ from PyTorch's by"),
-        (failing, "a first try failed with RuntimeError: no such instruction"),
-    ],
-)
-def test_comparison(rotate, said: str | None) -> None:
-    found = implementation._self_check(rotate, CPU)
-    assert found is None if said is None else found.startswith(said)
+def case(dtype=torch.float32, heads=4, groups=2, head_dim=64, **settings) -> Case:
+    config = FoPEConfig.from_profile(train_length=512, **settings)
+    shared = groups if config.separate_heads else 1
+    d_in, d_out = config.d_in(head_dim), config.d_out(head_dim)
+    return Case(config, dtype, heads, groups, head_dim, shared, d_in, d_out)
 
 
-@pytest.mark.parametrize("rotate", [rotation.rotate, slightly_wrong])
-def test_a_gpu_takes_triton_only_when_it_agrees(
-    rotate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The decision, with the comparison moved to the CPU."""
-    check = implementation._self_check
+CASES = {
+    "float32": case(),
+    "bfloat16": case(torch.bfloat16),
+    "float16": case(torch.float16, head_dim=128),
+    "one KV head, no power of two": case(torch.bfloat16, heads=7, groups=1, head_dim=24),
+    "multi-head attention": case(heads=3, groups=3),
+    "heads share": case(separate_heads=False),
+    "one basis": case(separate_basis=False),
+    "normalized": case(normalize=True),
+    "learnable": case(learnable=True),
+    "learnable, bfloat16": case(torch.bfloat16, learnable=True),
+    "intern-s1-pro": case(profile="intern-s1-pro"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_comparison(name: str) -> None:
+    wrong = [slightly_wrong, wrong_backward]
+    if CASES[name].config.learnable:
+        wrong.append(wrong_coefficient_gradients)
+    assert implementation._self_check(right, CPU, CASES[name], "fused") is None
+    for rotate in wrong:
+        found = implementation._self_check(rotate, CPU, CASES[name], "fused")
+        assert found.startswith("their results differ from PyTorch's by"), rotate
+    found = implementation._self_check(failing, CPU, CASES[name], "fused")
+    assert found == "a first try failed with RuntimeError: no such instruction"
+
+
+def test_not_a_number_is_a_difference() -> None:
+    def nan(*args, variant=None):
+        return tuple(x * float("nan") for x in rotation.rotate(*args))
+
+    assert "differ from PyTorch's by inf" in implementation._self_check(nan, CPU, case(), "fused")
+
+
+AMBIENTS = {
+    "meta device": lambda: torch.device("meta"),
+    "default device": lambda: setting(torch.set_default_device, "meta", None),
+    "default bfloat16": lambda: setting(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "default float64": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
+    "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "matmul precision": lambda: setting(torch.set_float32_matmul_precision, "medium", "highest"),
+    "deterministic": lambda: setting(torch.use_deterministic_algorithms, True, False),
+}
+
+
+@contextlib.contextmanager
+def setting(setter, value, normal):
+    setter(value)
+    try:
+        yield
+    finally:
+        setter(normal)
+
+
+@pytest.mark.parametrize("ambient", AMBIENTS)
+def test_the_comparison_does_not_depend_on_where_it_runs(ambient: str) -> None:
+    """A model is built under Megatron's meta device, for example; the numbers are the same everywhere."""
+    seen = []
+
+    def record(*args, variant=None):
+        seen.append([x.detach().clone() for x in rotation.rotate(*args)])
+        return rotation.rotate(*args)
+
+    for context in (contextlib.nullcontext, AMBIENTS[ambient]):
+        for name in ("float32", "bfloat16", "learnable"):
+            with context():
+                assert implementation._self_check(record, CPU, CASES[name], "fused") is None
+                assert implementation._self_check(slightly_wrong, CPU, CASES[name], "fused")
+    for a, b in zip(seen[:3], seen[3:], strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    """A GPU, with the comparison moved to the CPU: sets what stands for the kernels, returns the compared."""
+    check, compared = implementation._self_check, []
+
+    def moved(rotate, device, case, variant):
+        compared.append((case, variant))
+        return check(rotate, CPU, case, variant)
+
     monkeypatch.setattr(kernels, "available", lambda device: None)
-    monkeypatch.setattr(implementation, "_triton", lambda: rotate)
-    monkeypatch.setattr(implementation, "_self_check", lambda rotate, device: check(rotate, CPU))
+    monkeypatch.setattr(implementation, "_self_check", moved)
+    return lambda rotate: monkeypatch.setattr(implementation, "_triton", lambda: rotate) or compared
+
+
+@pytest.mark.parametrize("rotate", [right, slightly_wrong])
+def test_a_gpu_takes_triton_only_when_it_agrees(rotate, gpu, caplog: pytest.LogCaptureFixture) -> None:
+    compared = gpu(rotate)
     with caplog.at_level(logging.WARNING):
         chosen = implementation.choose("auto", GPU)
-    right = rotate is rotation.rotate
-    assert chosen.name == ("triton" if right else "torch")
-    assert chosen.rotate is rotation.rotate
-    assert ("instead of its Triton kernels: their results differ" in caplog.text) is not right
+        assert implementation.choose("auto", GPU) is chosen and len(compared) == 1
+    assert chosen.name == ("triton" if rotate is right else "torch")
+    assert chosen.rotate is (right if rotate is right else rotation.rotate)
+    assert ("instead of its Triton kernels: their results differ" in caplog.text) is (rotate is not right)
+
+
+def test_every_model_is_compared_as_it_is(gpu) -> None:
+    """What a layer asks for is what it has: dtype, heads, geometry, and the kernel that its length takes."""
+    compared = gpu(right)
+    config = SimpleNamespace(kv_channels=32, num_query_groups=2)
+
+    def layer(**settings):
+        return FourierEmbedding(config, FoPEConfig.from_profile(train_length=64, **settings), layer=1)
+
+    frozen, shared = layer(), layer(profile="intern-s1-pro")
+    for dtype in (torch.bfloat16, torch.float32):
+        frozen.implementation(GPU, dtype, 6, 2, rows=64)
+        frozen.implementation(GPU, dtype, 6, 2, rows=128)
+    shared.implementation(GPU, torch.bfloat16, 6, 2, rows=64)
+    shared.implementation(GPU, torch.bfloat16, 6, 2, rows=1 << 24)
+    annealed = layer(anneal_iters=2, separate_heads=False)
+    annealed.implementation(GPU, torch.bfloat16, 6, 2, rows=64)
+    assert [(c.dtype, v) for c, v in compared[:2]] == [(torch.bfloat16, "fused"), (torch.float32, "fused")]
+    assert [v for _, v in compared[2:4]] == ["tables", "fused"] and len(compared) == 5
+    for module, (found, _) in zip(
+        (frozen, shared, annealed), (compared[0], compared[2], compared[4]), strict=True
+    ):
+        between = module.interpolation
+        coefficients = (
+            module.coefficients() if between is None else between.coefficients(module.coefficients())
+        )
+        used = next(iter(coefficients.values()))
+        used = used[None] if used.dim() == 2 else used
+        assert (found.coefficient_heads, found.d_in, found.d_out) == tuple(used.shape)
+        assert (found.heads, found.groups, found.head_dim) == (6, 2, 32)
+        assert found.config == (module.fope if between is None else between.settings)
+
+
+def test_nothing_is_compared_inside_a_cuda_graph(gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = gpu(right)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "captured before the first step" in str(implementation.choose("auto", GPU))
+    monkeypatch.undo()
+    assert not compared and not implementation._compared

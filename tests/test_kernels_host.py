@@ -16,7 +16,7 @@ from kernel_cases import DEVICE, GPU, Case, Inputs
 from kernel_fixtures import interpreter  # noqa: F401
 from torch import Tensor
 
-from megatron_fope import kernels
+from megatron_fope import implementation, kernels
 from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError
 from megatron_fope.kernels import launch, ops, tables
@@ -290,6 +290,21 @@ def test_a_cuda_graph_pins_the_tables_it_reads(
     assert len(cache) == 3  # two recent ones and the graph's
     call(kept)
     assert len(built) == 6
+
+
+@pytest.mark.parametrize("variant", ["tables", "fused"])
+@pytest.mark.parametrize("learnable", [False, True])
+def test_the_comparison_before_the_first_use(variant: str, learnable: bool) -> None:
+    """The real kernels pass it where a model is built: on the meta device, in 16 bit."""
+    config = FoPEConfig.from_profile(train_length=64, learnable=learnable)
+    case = implementation.Case(config, torch.bfloat16, 3, 1, 24, 1, config.d_in(24), config.d_out(24))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), torch.no_grad():
+            found = implementation._self_check(ops.rotate_triton, torch.device(DEVICE), case, variant)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found is None
 
 
 # Bad input ----------------------------------------------------------------------------------------------
