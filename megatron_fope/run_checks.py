@@ -282,7 +282,7 @@ def _chunks(args: Any, pipeline: int, replicas: int) -> Iterator[tuple[str, bool
     """The interleaved pipeline."""
     per_chunk = getattr(args, "num_layers_per_virtual_pipeline_stage", None)
     chunks = getattr(args, "num_virtual_stages_per_pipeline_rank", None)
-    if per_chunk is None and chunks is None:
+    if not args.num_layers or (per_chunk is None and chunks is None):
         return
     name = (
         "num_virtual_stages_per_pipeline_rank"
@@ -313,7 +313,7 @@ def _exchanges(args: Any, tensor: int, context: int) -> Iterator[tuple[str, bool
             math.prod(sizes) == context,
             f"numbers whose product is the {context} --context-parallel-size",
         )
-    if context == 1 or not kinds & {"a2a", "a2a+p2p"}:
+    if context == 1 or not args.num_attention_heads or not kinds & {"a2a", "a2a+p2p"}:
         return
     if "a2a+p2p" in kinds:
         yield "cp_comm_type", len(sizes) == 2, "a2a+p2p with two --hierarchical-context-parallel-sizes"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from synthetic import SyntheticCheckpoint
 
 from megatron_fope import megatron_flags
 from megatron_fope.cli import main
@@ -176,3 +177,152 @@ def test_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         found = refusal("plan", *CLUSTER.split(), "--", *PLAN.split(), *words.split())
         assert expected in found, (words, found)
     assert not list(tmp_path.iterdir())
+
+
+# ladder ------------------------------------------------------------------------------------------------
+
+LADDER = """
+launcher = ["torchrun", "-m", "megatron_fope", "pretrain"]
+gpus = 4
+save = "ladder"
+[start]
+checkpoint = "base"
+from-rope = "immediate"
+[megatron]
+num-layers = 4
+hidden-size = 64
+num-attention-heads = 4
+group-query-attention = true
+num-query-groups = 2
+micro-batch-size = 1
+global-batch-size = 4
+train-iters = 4
+save-interval = 2
+eval-interval = 4
+mock-data = true
+[[stage]]
+lr = 1e-3
+seq-length = 128
+[[stage]]
+name = "long"
+lr = 1e-3
+seq-length = 512
+"""
+LONG = 'name = "long"'
+NONSENSE_LADDERS = {
+    # old text -> new text, and a part of the line
+    f'{LONG} -> name = ".."': "stage 2: name is '..'; allowed: ",
+    f'{LONG} -> name = "."': "name is '.'; allowed: ",
+    f'{LONG} -> name = ""': "name is ''; allowed: ",
+    f'{LONG} -> name = " long"': "name is ' long'; allowed: ",
+    f'{LONG} -> name = "long "': "name is 'long '; allowed: ",
+    f'{LONG} -> name = "long\\n"': "name is 'long\\n'; allowed: ",
+    f'{LONG} -> name = "/tmp/long"': "name is '/tmp/long'; allowed: ",
+    f'{LONG} -> name = "a/../../b"': "name is 'a/../../b'; allowed: ",
+    f'{LONG} -> name = "a\\\\b"': "allowed: up to 100",
+    f'{LONG} -> name = "-long"': "name is '-long'; allowed: ",
+    f'{LONG} -> name = ".hidden"': "name is '.hidden'; allowed: ",
+    f'{LONG} -> name = "..."': "name is '...'; allowed: ",
+    f'{LONG} -> name = "lo\u0308ng"': "allowed: up to 100",
+    f'{LONG} -> name = "\uff0e\uff0e"': "allowed: up to 100",
+    f'{LONG} -> name = "lang\u200b"': "allowed: up to 100",
+    f'{LONG} -> name = "\u0661"': "allowed: up to 100",
+    f'{LONG} -> name = "iter_0000004"': "no name that Megatron gives",
+    f'{LONG} -> name = "release"': "no name that Megatron gives",
+    f'{LONG} -> name = "latest_checkpointed_iteration.txt"': "no name that Megatron gives",
+    f'{LONG} -> name = "{"x" * 300}"': "allowed: up to 100",
+    f"{LONG} -> name = 7": "name is 7; allowed: a string",
+    f'{LONG} -> name = "STAGE1-128"': "is 'stage1-128' in 2 stages; allowed: different ones",
+    'save = "ladder" -> save = ""': "save is '', which comes to ''",
+    'save = "ladder" -> save = "$NOTHING"': "save is '$NOTHING', which comes to ''",
+    'checkpoint = "base" -> checkpoint = ""': "[start] checkpoint is ''",
+    'checkpoint = "base" -> checkpoint = "b\\u0000"': "[start] checkpoint is ",
+    "gpus = 4 -> gpus = 0": "gpus is 0; allowed: 1 or more",
+    "gpus = 4 -> gpus = -4": "gpus is -4; allowed: 1 or more",
+    "gpus = 4 -> gpus = 2.5": "gpus is 2.5; allowed: a whole number",
+    "gpus = 4 -> gpus = true": "gpus is True; allowed: a whole number",
+    f"{LONG} -> tensor-model-parallel-size = -1": "stage 2: --tensor-model-parallel-size is -1; all",
+    f"{LONG} -> tensor-model-parallel-size = 0": "--tensor-model-parallel-size is 0; allowed: 1 or more",
+    f"{LONG} -> pipeline-model-parallel-size = -2": "--pipeline-model-parallel-size is -2; allowed",
+    f"{LONG} -> context-parallel-size = -2": "--context-parallel-size is -2; allowed: 1 or more",
+    f"{LONG} -> context-parallel-size = 0": "--context-parallel-size is 0; allowed: 1 or more",
+    f"{LONG} -> expert-model-parallel-size = 4": "--expert-model-parallel-size is 4; allowed: 1 without",
+    f"{LONG} -> lr = nan": "TOML",  # lr is there twice
+    "lr = 1e-3 -> lr = nan": "stage 2: --lr is nan; allowed: finite numbers",
+    "lr = 1e-3 -> lr = inf": "--lr is inf; allowed: finite numbers",
+    "lr = 1e-3 -> lr = -1e-3": "--lr is -0.001; allowed: more than 0",
+    "lr = 1e-3 -> lr = 0": "--lr is 0.0; allowed: more than 0",
+    "lr = 1e-3 -> lr = 'nan'": "--lr is nan; allowed: finite numbers",
+    "lr = 1e-3 -> lr = []": "stage 2: lr is missing",
+    "lr = 1e-3 -> lr = 1979-05-27": "stage 2: lr holds datetime",
+    f"{LONG} -> min-lr = 1": "--min-lr is 1; allowed: up to --lr 0.001",
+    f"{LONG} -> min-lr = -1": "--min-lr is -1.0; allowed: 0 or more",
+    f"{LONG} -> weight-decay = nan": "--weight-decay is nan; allowed: finite numbers",
+    f"{LONG} -> clip-grad = -1": "--clip-grad is -1.0; allowed: 0 or more",
+    f"{LONG} -> adam-beta2 = 1.5": "--adam-beta2 is 1.5; allowed: 0 to less than 1",
+    f"{LONG} -> attention-dropout = -0.5": "--attention-dropout is -0.5; allowed: 0 to less than 1",
+    f"{LONG} -> lr-warmup-fraction = 2": "--lr-warmup-fraction is 2.0; allowed: 0 to less than 1",
+    f"{LONG} -> lr-warmup-iters = -3": "--lr-warmup-iters is -3; allowed: 0 or more",
+    f"{LONG} -> seed = -1": "--seed is -1; allowed: 1 to 2^32 - 1",
+    f"{LONG} -> eval-iters = -1": "--eval-iters is -1; allowed: 0 or more",
+    f"{LONG} -> num-workers = -1": "--num-workers is -1; allowed: 0 or more",
+    f"{LONG} -> rotary-base = 0": "--rotary-base is 0",
+    f"{LONG} -> train-samples = 100": "--train-samples is given; a ladder counts iterations",
+    f"{LONG} -> yaml-cfg = 'a.yaml'": "--yaml-cfg is given",
+    f"{LONG} -> 'load=x' = true": "stage 2: 'load=x' is no flag",
+    f"{LONG} -> '--lr' = 3": "stage 2: '--lr' is no flag",
+    f"{LONG} -> wandb-exp-name = ['--load', 'x']": "wandb-exp-name holds '--load', which is a flag",
+    f"{LONG} -> wandb-exp-name = '--load=base'": "wandb-exp-name holds '--load=base', which is a flag",
+    "seq-length = 512 -> seq-length = -512": "--seq-length is -512",
+    "seq-length = 512 -> seq-length = 0": "--seq-length is 0",
+    "train-iters = 4 -> train-iters = 0": "--train-iters is 0; allowed: 1 or more",
+    "save-interval = 2 -> save-interval = -2": "--save-interval is -2; allowed: 0 or more",
+    "save-interval = 2 -> save-interval = 0": "--save-interval is 0; allowed: 1 or more",
+    "eval-interval = 4 -> ": "stage 1: eval-interval is missing; allowed: in [[stage]] or in [megatron]",
+    "eval-interval = 4 -> eval-interval = 0": "--eval-interval is 0; allowed: 1 or more",
+    "micro-batch-size = 1 -> micro-batch-size = 0": "--micro-batch-size is 0; allowed: 1 or more",
+    "global-batch-size = 4 -> global-batch-size = -4": "--global-batch-size is -4; allowed: 1 or more",
+    "num-query-groups = 2 -> num-query-groups = 0": "--num-query-groups is 0; allowed: 1 or more",
+}  # fmt: skip
+
+
+def test_ladders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NOTHING", "")
+    SyntheticCheckpoint(Path("base"))
+    before = sorted(tmp_path.rglob("*"))
+    schedule = tmp_path / "ladder.toml"
+    for change, expected in NONSENSE_LADDERS.items():
+        old, _, new = change.partition(" -> ")
+        head, found, tail = LADDER.rpartition(old)
+        assert found, change
+        schedule.write_text(head + new + tail)
+        line = refusal("ladder", str(schedule))
+        assert line.startswith(str(schedule)) and expected in line, (change, line)
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, schedule])
+
+
+@pytest.mark.parametrize(
+    "start", ["ladder/long", "./ladder/../ladder/long/", "ladder/link", "other", "{here}/ladder/long"]
+)
+def test_a_stage_does_not_take_its_start_for_itself(
+    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the start is spelled: the stage would be taken for finished."""
+    monkeypatch.chdir(tmp_path)
+    SyntheticCheckpoint(Path("ladder/long"))
+    Path("ladder/link").symlink_to("long")
+    Path("other").symlink_to("ladder")
+    start = {"other": "other/long"}.get(start, start.replace("{here}", str(tmp_path)))
+    Path("ladder.toml").write_text(LADDER.replace('"base"', f'"{start}"'))
+    expected = "ladder.toml: stage 2: name is 'long': its folder ladder/long is what the ladder starts from"
+    assert refusal("ladder", "ladder.toml", "--run") == expected
+
+
+def test_two_stages_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    SyntheticCheckpoint(Path("base"))
+    Path("ladder/stage1-128").mkdir(parents=True)
+    Path("ladder/long").symlink_to("stage1-128")
+    Path("ladder.toml").write_text(LADDER)
+    assert refusal("ladder", "ladder.toml").endswith("its folder ladder/long is that of stage 'stage1-128'")

@@ -41,6 +41,7 @@ micro-batch-size = 1
 global-batch-size = 4
 train-iters = 4
 save-interval = 2
+eval-interval = 100
 lr = 1e-3
 mock-data = true
 [[stage]]
@@ -176,7 +177,7 @@ REFUSED = {
     "heads": ("tensor-model-parallel-size = 2 -> tensor-model-parallel-size = 3\ngpus = 3", "stage 1: --ten"),
     "ranks": ("context-parallel-size = 4 -> context-parallel-size = 8", "stage 2: --tensor-model-parallel-s"),
     "batch": ("lr = 5e-4 -> lr = 5e-4\ngpus = 12", "stage 2: --global-batch-size is 4; allowed: a multiple"),
-    "sequence parallel": ("seq-length = 128 -> seq-length = 129", "stage 1: --sequence-parallel is given: 2"),
+    "sequence parallel": ("seq-length = 128 -> seq-length = 129", "stage 1: --tensor-model-parallel-size"),
     "typo": ("lr = 5e-4 -> lr = 5e-4\nrecompute = true", "stage 2: unrecognized arguments: --recompute"),
     "number": ("lr = 5e-4 -> lr = 'fast'", "stage 2: --lr is 'fast'; allowed: numbers"),
     "model": ("num-query-groups = 2 -> num-query-groups = 4", "stage 1: --num-query-groups is 4, but the"),

@@ -16,6 +16,7 @@ import argparse
 import copy
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,9 +38,10 @@ from megatron_fope.checkpoint import TRACKER
 from megatron_fope.checkpoint_arguments import check_against_checkpoint, check_legacy_layout
 from megatron_fope.config import flag
 from megatron_fope.errors import UserError
-from megatron_fope.host_arguments import check_layout, head_dim_of
+from megatron_fope.host_arguments import head_dim_of
 from megatron_fope.ladder.schedule import OWNED, Schedule, Stage
 from megatron_fope.megatron_flags import megatron_parser, parse
+from megatron_fope.run_checks import check_model, check_numbers, check_run_layout
 
 _NO_MASK = "no-create-attention-mask-in-dataloader"
 """A mask takes length x length bytes of every sample, and no attention for long sequences reads it."""
@@ -162,9 +164,9 @@ def _rung(
     stage = schedule.stages[number - 1]
     words = _words(stage.flags)
     asked = parse(parser, [*words, *extra])
+    check_numbers(parser, asked)
     folder = str(schedule.folder(stage))
-    if folder == source.where:
-        raise UserError(f"name is {stage.name!r}: its folder {folder} is what the ladder starts from")
+    _check_folder(schedule, number)
     start = _start_words(schedule, number, source, asked)
     if _NO_MASK not in stage.flags:
         start.append(f"--{_NO_MASK}")
@@ -185,6 +187,28 @@ def _rung(
         notes=_notes(args, source),
         source_read=source.read,
     )
+
+
+def _check_folder(schedule: Schedule, number: int) -> None:
+    """Refuse a stage whose folder, however it is spelled, is another one's: it would be taken for finished.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    stage = schedule.stages[number - 1]
+    folder = schedule.folder(stage)
+    if _same(folder, Path(schedule.start["checkpoint"])):
+        raise UserError(f"name is {stage.name!r}: its folder {folder} is what the ladder starts from")
+    for other in schedule.stages[: number - 1]:
+        if _same(folder, schedule.folder(other)):
+            raise UserError(f"name is {stage.name!r}: its folder {folder} is that of stage {other.name!r}")
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one place; of what exists the file system says it."""
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _start_words(schedule: Schedule, number: int, source: Source, args: Any) -> list[str]:
@@ -226,20 +250,20 @@ def _check(args: Any, source: Source) -> None:
             f"--seq-length is {args.seq_length}, but {source.where} was trained with {before}; allowed: a "
             "longer one"
         )
-    for name in ("train_iters", "seq_length", "micro_batch_size", "global_batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: 1 or more")
     for name in ("hidden_size", "num_attention_heads", "num_layers"):
         if not getattr(args, name) and getattr(args, "hybrid_layer_pattern", None) is None:
             raise UserError(f"--{name.replace('_', '-')} is missing")
-    check_layout(args)
-    per_rank = args.seq_length // args.context_parallel_size
-    tensor = args.tensor_model_parallel_size
-    if args.sequence_parallel and per_rank % tensor:
-        raise UserError(
-            f"--sequence-parallel is given: {tensor} tensor-parallel ranks do not divide the {per_rank} "
-            "tokens of a context-parallel rank"
-        )
+    check_model(args)
+    check_run_layout(args, world_name="gpus")
+    if args.save_interval < 1:
+        raise UserError(f"--save-interval is {args.save_interval}; allowed: 1 or more")
+    for name in ("min_lr", "lr_warmup_init"):
+        if (getattr(args, name, None) or 0) > args.lr:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(args, name):g}; allowed: up to --lr {args.lr:g}"
+            )
+    if getattr(args, "train_samples", None):
+        raise UserError("--train-samples is given; a ladder counts iterations, use train-iters")
     warm_up = getattr(args, "lr_warmup_iters", 0) or 0
     if warm_up >= (args.lr_decay_iters or args.train_iters):
         raise UserError(

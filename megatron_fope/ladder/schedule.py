@@ -27,6 +27,7 @@
     lr = 2e-5
     train-iters = 1000
     global-batch-size = 128
+    # and in one of the two tables: micro-batch-size, save-interval, eval-interval
 
 Every key of ``[megatron]`` and ``[[stage]]`` is a flag of Megatron's or FoPE's; ``name`` and ``gpus`` of a
 stage are not. ``$NAME`` and ``${NAME}`` in strings are environment variables, ``$$`` is a dollar sign.
@@ -44,7 +45,10 @@ from typing import Any
 
 from megatron_fope.errors import UserError
 
-REQUIRED = ("seq-length", "train-iters", "global-batch-size", "micro-batch-size", "lr", "save-interval")
+REQUIRED = (
+    *("seq-length", "train-iters", "global-batch-size", "micro-batch-size", "lr", "save-interval"),
+    "eval-interval",  # Megatron divides by it, even with --eval-iters 0
+)
 """Flags that every stage needs, its own or those of ``[megatron]``."""
 
 OWNED = {
@@ -74,6 +78,11 @@ _START = {
 }
 _STAGE = {"name": str, "gpus": int}
 _WORDS = {list: "an array of strings", int: "a whole number", str: "a string", dict: "a table"}
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+_MEGATRONS = re.compile(r"iter_\d+|release|latest_.*", re.IGNORECASE)
+_FLAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -142,10 +151,12 @@ class _Reader:
         if not tables or not all(isinstance(table, dict) for table in tables):
             raise UserError("stage: allowed: one [[stage]] table or more")
         stages = [self._stage(i, t, common, content["gpus"]) for i, t in enumerate(tables, 1)]
-        names = [stage.name for stage in stages]
-        for name in names:
+        names = [stage.name.lower() for stage in stages]  # some file systems do not tell them apart
+        for stage, name in zip(stages, names, strict=True):
             if names.count(name) > 1:
-                raise UserError(f"name is {name!r} in {names.count(name)} stages; allowed: different ones")
+                raise UserError(
+                    f"name is {stage.name!r} in {names.count(name)} stages; allowed: different ones"
+                )
         return Schedule(self.path, launcher, Path(_expand("save", content["save"])), start, stages)
 
     def _stage(self, number: int, table: dict[str, Any], common: dict[str, Any], gpus: int) -> Stage:
@@ -158,8 +169,11 @@ class _Reader:
             if not merged.get(key):
                 raise UserError(f"{where}{key} is missing; allowed: in [[stage]] or in [megatron]")
         name = own.get("name", f"stage{number}-{merged['seq-length'][0]}")
-        if not re.fullmatch(r"[\w.+-]+", name):
-            raise UserError(f"{where}name is {name!r}; allowed: letters, digits and . + - _")
+        if not _NAME.fullmatch(name) or _MEGATRONS.fullmatch(name):
+            raise UserError(
+                f"{where}name is {name!r}; allowed: up to 100 of a-z, A-Z, 0-9 and . + - _, first a letter "
+                "or digit, and no name that Megatron gives in a checkpoint's folder"
+            )
         return Stage(name, own.get("gpus", gpus), merged)
 
 
@@ -181,8 +195,10 @@ def _flags(where: str, table: dict[str, Any]) -> dict[str, list[str] | None]:
     """Flags as words; None for a flag that is taken back."""
     flags = {}
     for key, value in table.items():
-        if key.startswith("-"):
-            raise UserError(f"{where}{key}: flags are written without the dashes in front")
+        if not _FLAG.fullmatch(key):
+            raise UserError(
+                f"{where}{key!r} is no flag; use the name of one of Megatron's, without the dashes in front"
+            )
         if key in OWNED:
             raise UserError(f"{where}{key} is given, but a ladder sets it: {OWNED[key]}; leave it out")
         if isinstance(value, dict):
@@ -200,7 +216,10 @@ def _word(where: str, value: Any) -> str:
         raise UserError(f"{where} holds {value!r}; allowed: strings and numbers")
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         value = int(value)  # some of Megatron's flags take whole numbers only
-    return str(_expand(where, value))
+    word = str(_expand(where, value))
+    if word.startswith("--"):
+        raise UserError(f"{where} holds {word!r}, which is a flag; give it a line of its own")
+    return word
 
 
 def _expand(where: str, value: Any) -> Any:
@@ -208,8 +227,11 @@ def _expand(where: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return string.Template(value).substitute(os.environ)
+        expanded = string.Template(value).substitute(os.environ)
     except KeyError as error:
         raise UserError(f"{where} is {value!r}, but {error.args[0]} is not set") from None
     except ValueError:
         raise UserError(f"{where} is {value!r}; allowed: $NAME, ${{NAME}}, or $$ for a dollar sign") from None
+    if not expanded.strip() or "\0" in expanded:
+        raise UserError(f"{where} is {value!r}, which comes to {expanded!r}; give a text")
+    return expanded
