@@ -23,10 +23,31 @@ defaults() { # NAME=VALUE ...: variables that are not set; where VALUE is a numb
     for pair in "$@"; do
         name=${pair%%=*} value=${pair#*=}
         [[ -n ${!name:-} ]] || printf -v "$name" %s "$value"
-        [[ ! $value =~ ^[0-9]+$ || ${!name} =~ ^[1-9][0-9]{0,14}$ ]] ||
-            die "$name is '${!name}'; allowed: a whole number, 1 or more"
+        [[ ! $value =~ ^[0-9]+$ ]] || whole "$name" 1
     done
 }
+
+whole() { # NAME LEAST [MOST]: the variable, where it is set, is a whole number
+    local text="a whole number, $2 ${3:+to }${3:-or more}"
+    [[ -n ${!1:-} ]] || return 0
+    [[ ${!1} =~ ^(0|[1-9][0-9]{0,14})$ ]] && ((${!1} >= $2 && ${!1} <= ${3:-${!1}})) ||
+        die "$1 is '${!1}'; allowed: $text"
+}
+
+number() { # NAME CONDITION WHAT: the variable, where it is set, is a number x with CONDITION, in awk
+    [[ -n ${!1:-} ]] || return 0
+    [[ ${!1} =~ ^[0-9]*\.?[0-9]+([eE][-+]?[0-9]{1,2})?$ ]] && awk -v x="${!1}" "BEGIN { exit !($2) }" ||
+        die "$1 is '${!1}'; allowed: $3"
+}
+
+tools() { # NAME ...: the commands are there
+    local tool
+    for tool in "$@"; do
+        command -v "$tool" > /dev/null || die "$tool is not on PATH, and this script needs it"
+    done
+}
+
+tools awk
 
 on_gpus() { # NAME=VALUE ...: defaults of a run on GPUs
     switch CPU || defaults "$@"
@@ -44,10 +65,11 @@ if switch CPU; then # before the defaults of a script
     EVAL_ITERS=${EVAL_ITERS:-1}
 fi
 
-flag_value() { # FLAG WORD ...: what follows the last FLAG among the words, or nothing
+flag_value() { # FLAG WORD ...: the value of the last FLAG among the words, or nothing
     local flag=$1 word found='' previous=''
     for word in "${@:2}"; do
         [[ $previous != "$flag" ]] || found=$word
+        [[ $word != "$flag="* ]] || found=${word#*=}
         previous=$word
     done
     echo "$found"
@@ -72,6 +94,11 @@ continue_checkpoint() { # sets CONTINUED: begin with the weights of CHECKPOINT; 
         die "CHECKPOINT is '$CHECKPOINT', which is not a folder made by --save"
     CONTINUED=(--pretrained-checkpoint "$CHECKPOINT")
     [[ ${POSITION:-fope} == fope ]] || return 0
+    case ${START:-immediate} in
+        immediate | function-preserving | clip-only) ;;
+        *) die "START is '$START'; allowed: immediate, function-preserving or clip-only" ;;
+    esac
+    whole ANNEAL_ITERS 1
     # Each is without effect on the other kind of checkpoint, and when the job resumes from its own.
     CONTINUED+=(--fope-start-from-rope "${START:-immediate}" --fope-grow)
     [[ -z ${ANNEAL_ITERS:-} ]] || CONTINUED+=(--fope-anneal-iters "$ANNEAL_ITERS")
@@ -84,6 +111,7 @@ _position() { # sets POSITION_FLAGS
     case $POSITION in
         rope) ;;
         fope)
+            number GAIN 'x > 0' 'a number, more than 0'
             POSITION_FLAGS+=(--fope-train-length "$SEQ_LENGTH")
             [[ -z ${GAIN:-} ]] || POSITION_FLAGS+=(--fope-gain "$GAIN")
             ;;
@@ -97,11 +125,14 @@ _divides() { # LEFT RIGHT WHAT: LEFT divides RIGHT
 
 _layout() { # sets LAYOUT
     defaults NNODES=1 GPUS_PER_NODE=8 TP=1 PP=1 CP=1 EP=1 ETP=1
-    local ranks=$((NNODES * GPUS_PER_NODE)) model=$((TP * PP * CP)) experts layers groups
+    local ranks=$((NNODES * GPUS_PER_NODE)) model=$((TP * PP * CP)) experts layers groups name
     local given="NNODES x GPUS_PER_NODE is $NNODES x $GPUS_PER_NODE = $ranks GPUs"
     experts=$(flag_value --num-experts "${MODEL[@]}") layers=$(flag_value --num-layers "${MODEL[@]}")
     groups=$(flag_value --num-query-groups "${MODEL[@]}")
     [[ -n $groups ]] || groups=$(flag_value --num-attention-heads "${MODEL[@]}")
+    for name in TP PP CP EP ETP; do
+        ((${!name} <= ranks)) || die "$name is ${!name}, but $given"
+    done
     _divides $model $ranks "TP x PP x CP is $TP x $PP x $CP = $model, but $given; allowed: a divisor of $ranks"
     _divides "$PP" "$layers" "PP is $PP; allowed: divisors of the model's $layers layers"
     ((TP <= groups ? groups % TP == 0 : TP % groups == 0)) ||
@@ -163,6 +194,8 @@ _data() { # sets DATA
     fi
     require DATA_PATH "what Megatron's --data-path takes: prefixes of .bin/.idx, or with weights"
     _tokenizer
+    [[ ${SPLIT:-1} =~ ^[0-9.]+(,[0-9.]+){0,2}$ ]] ||
+        die "SPLIT is '$SPLIT'; allowed: up to three numbers, for example 99,1,0"
     local words
     read -ra words <<< "$DATA_PATH"
     _files_of DATA_PATH "${words[@]}"
@@ -175,6 +208,12 @@ _launcher() { # sets LAUNCHER
     # With more than one connection, kernels and communication may start in another order than Megatron needs.
     LAUNCHER=(env "CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}")
     LAUNCHER+=(torchrun --nproc-per-node "$GPUS_PER_NODE" --nnodes "$NNODES")
+    whole NODE_RANK 0 $((NNODES - 1))
+    whole SLURM_NODEID 0 $((NNODES - 1))
+    whole MASTER_PORT 1 65535
+    whole CUDA_DEVICE_MAX_CONNECTIONS 1
+    [[ ${SCRIPT:-pretrain} == pretrain || -f $SCRIPT ]] ||
+        die "SCRIPT is '$SCRIPT'; allowed: pretrain, or a file"
     if ((NNODES > 1)); then
         require MASTER_ADDR "the name of the first node (slurm.sh sets it)"
         LAUNCHER+=(--node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}")
@@ -194,11 +233,21 @@ _gpus_of_this_machine() {
     ((GPUS_PER_NODE <= here)) || die "GPUS_PER_NODE is $GPUS_PER_NODE, but this machine has $here GPUs"
 }
 
+_children() { # PID: its child processes
+    local stat words
+    for stat in /proc/[0-9]*/stat; do
+        words=$(cat "$stat" 2> /dev/null) || continue # it has ended
+        read -ra words <<< "${words##*) }"            # behind the name: state, parent
+        [[ ${words[1]} != "$1" ]] || basename "${stat%/stat}"
+    done
+}
+
 _until_told() { # COMMAND ...: a TERM to this script makes Megatron save and end
     # torchrun, told itself, would kill its ranks after half a minute, in the middle of a large checkpoint.
     "$@" &
     local agent=$! told=1 code=0
-    trap 'told=1; pkill -TERM -P "$agent" || true' TERM
+    # shellcheck disable=SC2046 # each is a word
+    trap 'told=1; kill -TERM $(_children "$agent") 2> /dev/null || true' TERM
     while ((told)); do # a signal ends wait, too
         told=0
         wait "$agent" && code=0 || code=$?
@@ -207,7 +256,17 @@ _until_told() { # COMMAND ...: a TERM to this script makes Megatron save and end
 }
 
 start() { # FLAG ...: check everything, then print the command (DRY_RUN=1) or run it
-    local folder
+    local folder flag
+    for flag in --train-samples --yaml-cfg; do
+        [[ " $* " != *" $flag"[\ =]* ]] || die "$flag is given; use --train-iters and the other flags"
+    done
+    whole EVAL_ITERS 0
+    local minutes
+    minutes=$(flag_value --exit-duration-in-mins "$@")
+    [[ -z $minutes ]] || EXIT_MINUTES=$minutes
+    whole EXIT_MINUTES 1
+    number LR 'x > 0' 'a number, more than 0'
+    number WARMUP_FRACTION 'x >= 0 && x < 1' 'a number, 0 to less than 1'
     folder=$(cd "$(dirname "$0")" && pwd)
     defaults MICRO_BATCH_SIZE=1 SAVE_INTERVAL=500 WARMUP_FRACTION=0.01
     _position
@@ -253,7 +312,10 @@ start() { # FLAG ...: check everything, then print the command (DRY_RUN=1) or ru
         return
     fi
     _gpus_of_this_machine
-    mkdir -p "$OUT"
+    tools torchrun
+    ! switch SAVE_ON_TERM || [[ -r /proc/self/stat ]] ||
+        die "SAVE_ON_TERM is 1, but there is no /proc to find the ranks in"
+    mkdir -p "$OUT" || die "OUT is '$OUT'; allowed: a folder that can be written"
     if switch SAVE_ON_TERM; then
         _until_told "${command[@]}"
     else

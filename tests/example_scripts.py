@@ -78,6 +78,29 @@ def error(name: str, *flags: str, **variables: str) -> str:
     return done.stderr.removeprefix(start).rstrip("\n")
 
 
+def executable(file: Path, text: str) -> None:
+    """A command for PATH."""
+    file.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    file.chmod(0o755)
+
+
+def fake_slurm(folder: Path) -> dict[str, str]:
+    """A job on one node whose ``srun`` runs the task here and writes its process id to ``task``."""
+    executable(
+        folder / "srun", f'[[ $1 == --kill-on-bad-exit=1 ]] && echo $$ > "{folder}/task" && exec "${{@:2}}"'
+    )
+    executable(
+        folder / "scontrol",
+        f'if [[ $1 == show ]]; then echo node7; else echo "$@" >> "{folder}/scontrol.log"; fi',
+    )
+    return {
+        "PATH": os.pathsep.join((str(folder), str(Path(sys.executable).parent), os.environ["PATH"])),
+        "SLURM_JOB_ID": "17",
+        "SLURM_NNODES": "1",
+        "SLURM_JOB_NODELIST": "node7",
+    }  # fmt: skip
+
+
 def ranks_and_flags(command: list[str]) -> dict[str, Any]:
     """What torchrun makes of a command."""
     ranks = 1

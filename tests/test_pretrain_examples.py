@@ -8,16 +8,18 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from example_scripts import EXAMPLES, error, parse, printed, script
+from example_scripts import EXAMPLES, error, executable, fake_slurm, parse, printed, script
 from forks import Launcher
 from launch import losses
+
+from megatron_fope.cli import main
+from megatron_fope.ladder import execution
 
 
 @dataclass(frozen=True)
@@ -200,39 +202,6 @@ def test_fewer_gpus_than_asked_for(tmp_path: Path) -> None:
     assert found == "GPUS_PER_NODE is 8, but this machine has 2 GPUs"
 
 
-def test_mistakes_of_a_job(here: dict[str, str], tmp_path: Path) -> None:
-    assert error("slurm.sh").startswith("the first argument is ''; allowed: a launch script")
-    dense = str(EXAMPLES / path("dense_8b"))
-    assert error("slurm.sh", dense, **here).startswith("SLURM_JOB_ID is not set; allowed: sbatch --nodes N")
-    job = fake_slurm(tmp_path) | {"SLURM_NNODES": "4", "DATA_PATH": "/no/data"}
-    done = script("slurm.sh", dense, **(here | job))
-    assert done.returncode == 2 and done.stdout == "", "nothing was started"
-    assert done.stderr == "dense_8b.sh: error: DATA_PATH: /no/data.bin or /no/data.idx does not exist\n"
-
-
-def executable(file: Path, text: str) -> None:
-    """A command for PATH."""
-    file.write_text(f"#!/usr/bin/env bash\n{text}\n")
-    file.chmod(0o755)
-
-
-def fake_slurm(folder: Path) -> dict[str, str]:
-    """A job on one node whose ``srun`` runs the task here and writes its process id to ``task``."""
-    executable(
-        folder / "srun", f'[[ $1 == --kill-on-bad-exit=1 ]] && echo $$ > "{folder}/task" && exec "${{@:2}}"'
-    )
-    executable(
-        folder / "scontrol",
-        f'if [[ $1 == show ]]; then echo node7; else echo "$@" >> "{folder}/scontrol.log"; fi',
-    )
-    return {
-        "PATH": os.pathsep.join((str(folder), str(Path(sys.executable).parent), os.environ["PATH"])),
-        "SLURM_JOB_ID": "17",
-        "SLURM_NNODES": "1",
-        "SLURM_JOB_NODELIST": "node7",
-    }  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Finished:
     """A run of what a script prints with CPU=1."""
@@ -294,6 +263,66 @@ def test_a_trained_model_is_continued_at_a_longer_length(name: str, runs: dict[s
     else:
         assert "the coefficients grow (aligned) from train length 128 to 256" in log
     assert "train length 256 tokens" in log and len(losses(log)) == 4
+
+
+SCALED = {
+    "gpus": "2",
+    "num-layers": "2",
+    "hidden-size": "64",
+    "ffn-hidden-size": "128",
+    "num-attention-heads": "4",
+    "num-query-groups": "2",
+    "kv-channels": "16",
+    "tensor-model-parallel-size": "1",
+    "overlap-grad-reduce": "false",
+    "overlap-param-gather": "false",
+    "tokenizer-type": '"NullTokenizer"',
+    "tokenizer-model": "false\nvocab-size = 255",
+    "data-path": "false\nmock-data = true",
+    "context-parallel-size": "2",
+    "global-batch-size": "2",
+    "train-iters": "2",
+}
+"""What a ladder's keys become on two processes of a CPU; all other lines stay as they are shipped."""
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("ladder", [str(file.relative_to(EXAMPLES)) for file in EXAMPLES.rglob("*.toml")])
+def test_every_ladder_trains_scaled_down(
+    ladder: str,
+    runs: dict[str, Finished],
+    launcher: Launcher,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the 8B model's RoPE checkpoint, to the last iteration of the last stage."""
+    text = (EXAMPLES / ladder).read_text()
+    for key, value in SCALED.items():
+        text, count = re.subn(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
+        assert count, key
+    text = re.sub(r"(?m)^seq-length = (\d+)$", lambda m: f"seq-length = {int(m[1]) // 64}", text)
+    (tmp_path / "ladder.toml").write_text(text)
+    site = {"CHECKPOINT": str(runs["dense_8b rope"].checkpoints), "OUT": str(tmp_path / "out")}
+    for name, value in (site | {"MASTER_ADDR": "a", "TOKENIZER": "t", "DATA_PATH": "d"}).items():
+        monkeypatch.setenv(name, value)
+    logs = []
+
+    def call(argv: list[str]) -> int:
+        words = ["--cpu", *argv[argv.index("megatron_fope") + 1 :]]
+        code, log = launcher.run(2, words, tmp_path / f"log{len(logs)}")
+        logs.append(log)
+        return code
+
+    monkeypatch.setattr(execution, "_call", call)
+    assert main(["ladder", str(tmp_path / "ladder.toml"), "--run"]) == 0, logs[-1][-4000:]
+    assert [len(losses(log)) for log in logs] == [2] * text.count("[[stage]]")
+
+
+def test_no_file_of_the_examples_is_forgotten() -> None:
+    """Every script is one of those that the tests run."""
+    trained = {*map(path, MODELS), *(f"context_extension/{name}.sh" for name in CONTINUED)}
+    others = {"pretrain/evaluate.sh", "slurm.sh", "common.sh", "models.sh"}
+    assert {str(file.relative_to(EXAMPLES)) for file in EXAMPLES.rglob("*.sh")} == trained | others
 
 
 @pytest.mark.launch
