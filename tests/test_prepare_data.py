@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import bz2
+import gzip
 import json
+import lzma
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -115,10 +119,21 @@ def test_jsonl_holds_a_document_per_line(tmp_path: Path, out: Path, key: str) ->
 
 
 def test_format_overrides_the_suffix(tmp_path: Path, out: Path) -> None:
-    source = write_jsonl(tmp_path / "a.json", ["x", "y"])
+    source = write_jsonl(tmp_path / "a.txt", ["x", "y"])
     prepare_data(source, out / "lines", input_format="jsonl")
     assert texts(out / "lines") == [b"x", b"y"]
     prepare_data(source, out / "whole")
+    assert texts(out / "whole") == [source.read_bytes()]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.JSON"])
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n \n"])
+def test_a_json_file_of_lines_is_jsonl(tmp_path: Path, out: Path, name: str, before: bytes) -> None:
+    source = write_jsonl(tmp_path / name, ["x", "y"])
+    source.write_bytes(before + source.read_bytes())
+    prepare_data(source, out / "lines")
+    assert texts(out / "lines") == [b"x", b"y"]
+    prepare_data(source, out / "whole", input_format="text")
     assert texts(out / "whole") == [source.read_bytes()]
 
 
@@ -206,7 +221,33 @@ def bad_line(line: bytes, reason: str):
     return write
 
 
+def other_file(name: str, data: bytes, reason: str):
+    def write(folder: Path) -> tuple[Path, str]:
+        (folder / name).write_bytes(data)
+        return folder / name, rf"{name}: {reason}"
+
+    return write
+
+
+def packed(name: str, data: bytes, kind: str):
+    return other_file(
+        name, data, rf"not UTF-8: byte .* of the file \(it looks like {kind}: make text or JSONL"
+    )
+
+
+_ARRAY = r"holds no JSON object in its first line, so it is not JSON Lines; .*--format text"
 BAD = {
+    "a JSON array": other_file("a.json", b'[{"text": "x"}, {"text": "y"}]', _ARRAY),
+    "a JSON array over lines": other_file("a.json", b'[\n{"text": "x"},\n{"text": "y"}\n]', _ARRAY),
+    "a JSON object over lines": other_file("a.json", b'{\n  "text": "x"\n}\n', _ARRAY),
+    "JSON strings": other_file("a.json", b'"x"\n"y"\n', _ARRAY),
+    "no JSON": other_file("a.json", b"text\n", _ARRAY),
+    "gzip": packed("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n'), "gzip"),
+    "xz": packed("a.txt.xz", lzma.compress(b"x"), "xz"),
+    "bzip2": packed("a.bz2", bz2.compress(b"x"), "bzip2"),
+    "Zstandard": packed("a.zst", b"\x28\xb5\x2f\xfd\x04\x00", "Zstandard"),
+    "Parquet": packed("a.parquet", b"PAR1\x15\x04\x15\xffPAR1", "Parquet"),
+    "UTF-16 by its mark": packed("a.txt", "x".encode("utf-16"), "UTF-16"),
     "not UTF-8": not_utf8,
     "UTF-16": utf16,
     "broken link": broken_link,
@@ -310,6 +351,43 @@ def test_any_existing_file_of_the_output_is_kept(tmp_path: Path, out: Path, suff
     with pytest.raises(UserError, match=rf"^--output-prefix: .*data\{suffix} exists"):
         prepare_data(write_jsonl(tmp_path / "a.jsonl", ["x"]), out / "data")
     assert (out / f"data{suffix}").read_text() == "precious"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_request_to_end_leaves_nothing(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """As a scheduler sends it, while documents are written; the signal's handler is as before."""
+    before = signal.getsignal(number)
+    monkeypatch.setattr(prepare, "_add_documents", lambda *_: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stop:
+        prepare_data(write_jsonl(tmp_path / "a.jsonl", ["x"]), out / "new" / "folder" / "data")
+    assert stop.value.code == 128 + number and signal.getsignal(number) == before
+    assert left_behind(out) == []
+
+
+def test_what_a_killed_run_left_is_mentioned(
+    tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And kept: another run may be at work there."""
+    (out / ".data.partial-abc").mkdir()
+    (out / ".data.partial-abc" / "all.bin").write_bytes(b"half")
+    prepare_data(write_jsonl(tmp_path / "a.jsonl", ["x", "y"]), out / "data", holdout_fraction=0.5)
+    assert [
+        text for text in caplog.messages if text.startswith(f"{out}/.data.partial-abc: another run works")
+    ]
+    assert (out / ".data.partial-abc" / "all.bin").exists()
+
+
+def test_a_folder_in_place_of_a_file_of_the_output(tmp_path: Path, out: Path) -> None:
+    """Found before anything is written: ``--overwrite`` would remove the index and then fail."""
+    source = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    prepare_data(source, out / "data")
+    (out / "data.bin").unlink()
+    (out / "data.bin").mkdir()
+    with pytest.raises(UserError, match=r"^--output-prefix: .*data\.bin is a folder"):
+        prepare_data(source, out / "data", overwrite=True)
+    assert left_behind(out) == ["data.bin", "data.idx", "data.json"]
 
 
 def test_an_input_is_never_replaced(out: Path) -> None:
@@ -537,6 +615,33 @@ def test_workers_keep_the_order_and_pass_on_bad_files(
     bad, message = not_utf8(tmp_path)
     with pytest.raises(UserError, match=message):
         prepare_data([source, bad], out / "3", tokenizer=hugging_face / "tokenizer.json", workers=2)
+
+
+def killed(*_: object) -> None:
+    """In place of encoding, in a worker: what the system does when memory is short."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line(
+    tmp_path: Path, out: Path, hugging_face: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_fope.data import tokenizers
+
+    monkeypatch.setattr(tokenizers, "_encode_chunk", killed)
+    source = write_jsonl(tmp_path / "a.jsonl", LONG)
+    with pytest.raises(UserError, match=r"^--workers: one of the 2 processes was killed.*use fewer$"):
+        prepare_data(source, out / "data", tokenizer=hugging_face / "tokenizer.json", workers=2)
+    assert left_behind(out) == []
+
+
+def test_the_tokenizer_is_never_replaced(tmp_path: Path, hugging_face: Path) -> None:
+    """``tokenizer.json`` is what a dataset of that prefix would write, too."""
+    before = (hugging_face / "tokenizer.json").read_bytes()
+    source = write_jsonl(tmp_path / "a.jsonl", LONG)
+    for tokenizer in (hugging_face / "tokenizer.json", hugging_face):
+        with pytest.raises(UserError, match=r"tokenizer\.json would replace an input file"):
+            prepare_data(source, hugging_face / "tokenizer", tokenizer=tokenizer, overwrite=True)
+    assert (hugging_face / "tokenizer.json").read_bytes() == before
 
 
 def test_tokenizer_folder_agrees_with_megatron(tmp_path: Path, out: Path, hugging_face: Path) -> None:

@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="auto",
-        help="auto (the default): .jsonl and .ndjson hold a document per line, others are one document each",
+        help="auto (the default): .jsonl, .ndjson and .json hold a JSON object per line, other files are one "
+        "document each",
     )
     add("--json-key", default="text", metavar="KEY", help="JSONL: the field with the text (default: text)")
     add(

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from megatron_fope import staging
-from megatron_fope.data.readers import Source
 from megatron_fope.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".json", ".bin", ".idx")
 """What makes up a dataset, in the order of moving into place: nothing loads before the index is there."""
+
+
+_LONGEST_NAME = 255 - len("_heldout.json")
 
 
 def output_prefixes(output_prefix: str | os.PathLike[str], heldout: bool) -> list[str]:
@@ -24,8 +33,17 @@ def output_prefixes(output_prefix: str | os.PathLike[str], heldout: bool) -> lis
     prefix = os.fspath(output_prefix)
     if not prefix or prefix.endswith(("/", os.sep)):
         raise UserError(f"--output-prefix: {prefix!r} given; the path needs a file name at its end")
-    if prefix.endswith((".bin", ".idx")):
+    if prefix.endswith(_SUFFIXES):
         raise UserError(f"--output-prefix: {prefix!r} given; leave out the suffix, .bin and .idx are added")
+    name = os.path.basename(prefix)
+    if name in (".", ".."):
+        raise UserError(f"--output-prefix: {prefix!r} given; the path needs a file name at its end")
+    if not name.isprintable():
+        raise UserError(f"--output-prefix: {prefix!r} given; use a name of printable characters")
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise UserError(
+            f"--output-prefix: a name of {len(os.fsencode(name))} bytes given; allowed: up to {_LONGEST_NAME}"
+        )
     return [f"{prefix}_train", f"{prefix}_heldout"] if heldout else [prefix]
 
 
@@ -40,17 +58,19 @@ def refuse_existing(prefixes: Sequence[str], overwrite: bool) -> None:
         UserError: a file of it exists and ``overwrite`` is off.
     """
     for path in _outputs(prefixes):
+        if path.is_dir():
+            raise UserError(f"--output-prefix: {path} is a folder; give another prefix")
         if os.path.lexists(path) and not overwrite:
             raise UserError(f"--output-prefix: {path} exists; give another prefix, or --overwrite")
 
 
-def refuse_output_over_input(prefixes: Sequence[str], sources: Sequence[Source]) -> None:
-    """Stop before an input is replaced, even by ``overwrite``.
+def refuse_output_over_input(prefixes: Sequence[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
+    """Stop before something that is read is replaced, even by ``overwrite``.
 
     Raises:
         UserError: an output is an input.
     """
-    read = {os.path.realpath(source.path) for source in sources}
+    read = {os.path.realpath(path) for path in inputs}
     for path in _outputs(prefixes):
         if os.path.realpath(path) in read:
             raise UserError(f"--output-prefix: {path} would replace an input file; give another prefix")
@@ -58,18 +78,50 @@ def refuse_output_over_input(prefixes: Sequence[str], sources: Sequence[Source])
 
 @contextmanager
 def staging_folder(prefix: Path) -> Iterator[Path]:
-    """A hidden folder on the output's file system, gone afterwards.
+    """A hidden folder on the output's file system, gone afterwards; so are the folders made for it, if empty.
+
+    A request to end (SIGTERM, SIGHUP) ends the process in order, with exit code 128 and the signal's number.
 
     Raises:
         UserError: writing in it failed.
     """
+    for folder in staging.leftovers(prefix):
+        logger.warning(
+            "%s: another run works there, or one that was killed left it; delete it if none is running",
+            folder,
+        )
+    missing = [folder for folder in prefix.parents if not folder.exists()]
     try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        with staging.staging_folder(prefix) as folder:
-            yield folder
-    except OSError as error:
+        with _ended_in_order():
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            with staging.staging_folder(prefix) as folder:
+                yield folder
+    except BaseException as error:
+        for made in missing:
+            with contextlib.suppress(OSError):
+                made.rmdir()
+        if not isinstance(error, OSError):
+            raise
         # The readers turn their own OSError into a BadDocument, so this one is about the output.
         raise UserError(f"--output-prefix: cannot write {prefix} ({error.strerror or error})") from error
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Signals that end a process become an exception, so that what is half made is removed."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def move_into_place(staged: Sequence[str], prefixes: Sequence[str]) -> None:

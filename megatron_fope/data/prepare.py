@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 SIDECAR_VERSION = 1
 ON_BAD_FILE = ("refuse", "skip")
 
+_MOST_WORKERS = 1024
+
 _MAX_DOCUMENT_TOKENS = 2**31 - 1
 """Megatron's index holds lengths as 32-bit integers."""
 
@@ -150,14 +152,17 @@ def prepare_data(
     _check_choice("--format", input_format, FORMATS)
     if not 0 <= holdout_fraction < 1:
         raise UserError(f"--holdout-fraction: {holdout_fraction} given; allowed is 0 <= fraction < 1")
-    if workers < 1:
-        raise UserError(f"--workers: {workers} given; allowed is 1 or more")
+    if not 1 <= workers <= _MOST_WORKERS:
+        raise UserError(f"--workers: {workers} given; allowed is 1 or more, up to {_MOST_WORKERS}")
+    for flag, seed in (("--shuffle-seed", shuffle_seed), ("--holdout-seed", holdout_seed)):
+        if seed is not None and seed < 0:  # Python's generators take a seed and its negative for the same
+            raise UserError(f"{flag}: {seed} given; allowed is 0 or more")
     prefixes = output_prefixes(output_prefix, bool(holdout_fraction))
     refuse_existing(prefixes, overwrite)
     encoder = load_tokenizer(tokenizer, eod_token=eod_token, append_eod=append_eod)
 
     sources, unreadable = find_sources(inputs, include=include, exclude=exclude, input_format=input_format)
-    refuse_output_over_input(prefixes, sources)
+    refuse_output_over_input(prefixes, [*(source.path for source in sources), *encoder.files()])
     corpus = _Corpus(sources, json_key, skip_bad=on_bad_file == "skip", identify=bool(holdout_fraction))
     for problem in unreadable:
         corpus.refuse_or_skip(problem)
@@ -170,7 +175,7 @@ def prepare_data(
 
     dtype = DType.optimal_dtype(encoder.vocab_size)
 
-    with staging_folder(Path(prefixes[0])) as staging:
+    with staging_folder(Path(output_prefix)) as staging:
         everything = str(staging / "all")
         builder = IndexedDatasetBuilder(f"{everything}.bin", dtype=dtype)
         try:

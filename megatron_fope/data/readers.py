@@ -21,7 +21,23 @@ DEFAULT_INCLUDE = ("*.txt", "*.md", "*.rst", "*.py", "*.jsonl", "*.ndjson")
 """Which files of a folder are read when ``--include`` is not given."""
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
+JSON_SUFFIX = ".json"
+"""Read as JSONL if it is; else it has to be said what it is meant to be."""
 FORMATS = ("auto", "text", "jsonl")
+
+
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+"""What a file that is not UTF-8 seems to be, by how it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +89,8 @@ def find_sources(
         include: glob patterns; in a folder, only files whose name or relative path matches one are read.
         exclude: glob patterns on the name or relative path; ``*`` also matches ``/``, so ``test/*`` leaves
             out everything below ``test``.
-        input_format: one of :data:`FORMATS`; ``auto`` goes by :data:`JSONL_SUFFIXES`.
+        input_format: one of :data:`FORMATS`; ``auto`` goes by :data:`JSONL_SUFFIXES`, and takes a ``.json``
+            file for JSONL if its first line is an object.
 
     Raises:
         UserError: an input does not exist, or a folder holds no matching file.
@@ -82,6 +99,8 @@ def find_sources(
     bad: list[BadDocument] = []
     seen: set[str] = set()
     for given in inputs:
+        if not os.fspath(given):
+            raise UserError("--input: '' given; give files or folders")
         root = Path(given)
         if root.is_dir():
             paths = _walk(root, include, exclude, bad)
@@ -107,9 +126,14 @@ def find_sources(
             real = os.path.realpath(path)
             if real not in seen:
                 seen.add(real)
-                jsonl = input_format == "jsonl" or (
-                    input_format == "auto" and path.suffix.lower() in JSONL_SUFFIXES
-                )
+                suffix = path.suffix.lower()
+                jsonl = input_format == "jsonl" or (input_format == "auto" and suffix in JSONL_SUFFIXES)
+                if input_format == "auto" and suffix == JSON_SUFFIX:
+                    problem = _why_not_jsonl(path)
+                    if problem:
+                        bad.append(BadDocument(str(path), problem))
+                        continue
+                    jsonl = True
                 sources.append(Source(path, info.st_size, jsonl))
     return sources, bad
 
@@ -132,11 +156,29 @@ def read_documents(source: Source, json_key: str = "text") -> Iterator[tuple[byt
             try:
                 data.decode()
             except UnicodeDecodeError as error:
-                yield BadDocument(str(source.path), _not_utf8(error)), len(data)
+                yield BadDocument(str(source.path), _not_utf8(error) + _hint(data)), len(data)
             else:
                 yield data, len(data)
     except OSError as error:
         yield BadDocument(str(source.path), f"cannot be read ({error.strerror})"), 0
+
+
+def _why_not_jsonl(path: Path) -> str | None:
+    """Why a ``.json`` file is not read; None if it holds an object per line, or nothing."""
+    try:
+        with path.open("rb") as lines:
+            first = next((line for line in lines if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    try:
+        if not first or isinstance(json.loads(first.decode("utf-8-sig")), dict):
+            return None
+    except (ValueError, RecursionError):
+        pass
+    return (
+        "holds no JSON object in its first line, so it is not JSON Lines; for an array: jq -c '.[]' FILE > "
+        "FILE.jsonl; to take the whole file as one text: --format text"
+    )
 
 
 def _read_jsonl(path: Path, json_key: str) -> Iterator[tuple[bytes | BadDocument, int]]:
@@ -146,6 +188,8 @@ def _read_jsonl(path: Path, json_key: str) -> Iterator[tuple[bytes | BadDocument
             if line.strip():
                 parsed = _parse_line(line, json_key, first=number == 1)
                 if isinstance(parsed, str):
+                    if number == 1 and parsed.startswith("not UTF-8"):
+                        parsed += _hint(line)
                     yield BadDocument(f"{path}:{number}", parsed), len(line)
                 else:
                     yield parsed, len(line)
@@ -177,6 +221,11 @@ def _parse_line(line: bytes, json_key: str, *, first: bool) -> bytes | str:
 
 def _not_utf8(error: UnicodeDecodeError, of: str = "of the file") -> str:
     return f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} {of}"
+
+
+def _hint(data: bytes) -> str:
+    kind = next((kind for start, kind in _PACKED.items() if data.startswith(start)), None)
+    return f" (it looks like {kind}: make text or JSONL of it first)" if kind else ""
 
 
 def _walk(root: Path, include: Sequence[str], exclude: Sequence[str], bad: list[BadDocument]) -> list[Path]:

@@ -24,7 +24,13 @@ from typing import Any
 import numpy as np
 
 from megatron_fope import __version__
-from megatron_fope.data.output import move_into_place, output_prefixes, refuse_existing, staging_folder
+from megatron_fope.data.output import (
+    move_into_place,
+    output_prefixes,
+    refuse_existing,
+    refuse_output_over_input,
+    staging_folder,
+)
 from megatron_fope.data.prepare import SIDECAR_VERSION, WrittenDataset, read_sidecar
 from megatron_fope.errors import UserError
 
@@ -90,9 +96,11 @@ def make_recall_data(
         UserError: a bad argument, or an output that exists or cannot be written.
     """
     started = time.monotonic()
-    _check(length, documents, keys, values, pair_fraction)
+    _check(length, documents, keys, values, pair_fraction, seed)
     (prefix,) = prefixes = output_prefixes(output_prefix, False)
     refuse_existing(prefixes, overwrite)
+    if text is not None:
+        refuse_output_over_input(prefixes, [f"{os.fspath(text)}{end}" for end in (".bin", ".idx", ".json")])
     first = _RANDOM_TEXT_IDS if text is None else _vocab_size(text)
     key_ids = range(first, first + keys)
     value_ids = range(key_ids.stop, key_ids.stop + values * (keys if own_values else 1))
@@ -148,7 +156,7 @@ def make_recall_data(
     )
 
 
-def _check(length: int, documents: int, keys: int, values: int, pair_fraction: float) -> None:
+def _check(length: int, documents: int, keys: int, values: int, pair_fraction: float, seed: int) -> None:
     for flag, given, least in (
         ("--length", length, 8),
         ("--documents", documents, 1),
@@ -157,6 +165,8 @@ def _check(length: int, documents: int, keys: int, values: int, pair_fraction: f
     ):
         if given < least:
             raise UserError(f"{flag}: {given} given; allowed is {least} or more")
+    if seed < 0:
+        raise UserError(f"--seed: {seed} given; allowed is 0 or more")
     if not 0 < pair_fraction <= 1:
         raise UserError(f"--pair-fraction: {pair_fraction} given; allowed is 0 < fraction <= 1")
     pairs = int(length * pair_fraction / 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -63,6 +64,10 @@ class Tokenizer:
         out[:-1] = ids
         out[-1] = self.eod_id
         return out
+
+    def files(self) -> list[Path]:
+        """The files that it is made of."""
+        return []
 
     def describe(self) -> dict[str, Any]:
         """What identifies this tokenizer, as plain JSON values."""
@@ -129,6 +134,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def ids(self, text: bytes) -> NDArray[Any]:
         return np.asarray(self._encode(text.decode()), dtype=np.int64)
 
+    def files(self) -> list[Path]:
+        return _files(Path(self.path))
+
     def megatron_flags(self) -> list[str]:
         path = Path(self.path)
         # Megatron reads the EOS token from tokenizer_config.json, which it only looks for in a folder.
@@ -186,6 +194,7 @@ def encode_documents(
 
     import multiprocessing
     from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
 
     # A fork would copy the threads' locks that torch and the tokenizer hold.
     pool = ProcessPoolExecutor(
@@ -203,6 +212,11 @@ def encode_documents(
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"--workers: one of the {workers} processes was killed, as the system does when memory is short; "
+            "nothing was written; use fewer"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -213,6 +227,7 @@ _worker_tokenizer: Tokenizer | None = None
 def _start_worker(path: str, eod_token: str | None, append_eod: bool) -> None:
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends the workers
     _worker_tokenizer = load_tokenizer(path, eod_token=eod_token, append_eod=append_eod)
 
 
@@ -284,12 +299,15 @@ def _declared_eos(folder: Path) -> str | None:
     return None
 
 
-def _sha256(path: Path) -> str:
-    files = [path]
+def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        files = sorted({file for pattern in _HF_FILES for file in path.glob(pattern) if file.is_file()})
+        return sorted({file for pattern in _HF_FILES for file in path.glob(pattern) if file.is_file()})
+    return [path]
+
+
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    for file in files:
+    for file in _files(path):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
