@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def is_rank0() -> bool:
@@ -14,3 +18,16 @@ def announce(*lines: str) -> None:
     """Print lines on rank 0."""
     for line in lines if is_rank0() else ():
         print(f"> FoPE: {line}", flush=True)
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """For imports of Megatron, which warn of libraries that only training needs."""
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)

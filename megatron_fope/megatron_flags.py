@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import warnings
 from collections.abc import Sequence
 
 from megatron_fope import compat
 from megatron_fope.arguments import add_fope_arguments
 from megatron_fope.command_line import OneLineParser
+from megatron_fope.log import quiet_imports
 
 
 def megatron_parser(prog: str) -> argparse.ArgumentParser:
@@ -21,18 +21,12 @@ def megatron_parser(prog: str) -> argparse.ArgumentParser:
     Raises:
         UserError: there is no Megatron that is supported.
     """
-    disabled = logging.root.manager.disable
-    with warnings.catch_warnings():  # about libraries that only training needs
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            compat.require_supported_megatron()
-            from megatron.training import arguments
+    with quiet_imports():
+        compat.require_supported_megatron()
+        from megatron.training import arguments
 
-            parser = OneLineParser(prog=prog)
-            arguments.add_megatron_arguments(parser)
-        finally:
-            logging.disable(disabled)
+        parser = OneLineParser(prog=prog)
+        arguments.add_megatron_arguments(parser)
     return add_fope_arguments(parser)
 
 

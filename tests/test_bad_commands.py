@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import io
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +55,10 @@ PLAN = (
 NONSENSE_CLUSTERS = {
     "--gpus -8 --gpu h100": "--gpus is -8",
     "--gpus 0 --gpu h100": "--gpus is 0",
+    "--gpus 1e3 --gpu h100": "--gpus is '1e3'; allowed: whole numbers",
+    "--gpus 64 --gpu-memory lots": "--gpu-memory is 'lots'; allowed: ",
+    "--gpus": "--gpus requires one value",
+    "--gpus 64 --gpus-per-nod 8": "unrecognized arguments: --gpus-per-nod 8",
     "--gpus 1000000000000 --gpu h100": "--gpus is 1000000000000",
     "--gpus 64 --gpu-memory inf": "--gpu-memory is inf",
     "--gpus 64 --gpu-memory 0": "--gpu-memory is 0",
@@ -326,3 +332,130 @@ def test_two_stages_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     Path("ladder/long").symlink_to("stage1-128")
     Path("ladder.toml").write_text(LADDER)
     assert refusal("ladder", "ladder.toml").endswith("its folder ladder/long is that of stage 'stage1-128'")
+
+
+# prepare-data ------------------------------------------------------------------------------------------
+
+PREPARE = "--input in/a.jsonl --output-prefix out"
+NONSENSE_DATA = {
+    # flags behind those of PREPARE, and a part of the line
+    "--input ''": "--input: '' given",
+    "--input none.txt": "--input: none.txt does not exist",
+    "--input in/a.jsonl none.txt": "--input: none.txt does not exist",
+    "--input empty": "--input: no file in empty matches --include",
+    "--input in --include *.csv": "--input: no file in in matches --include *.csv",
+    "--input in --exclude *": "matches --include",
+    "--input blank.txt": "--input: no document in blank.txt (1 empty)",
+    "--input blank.jsonl": "--input: no document in blank.jsonl",
+    "--input blank.json": "--input: no document in blank.json",
+    "--input bom.txt": "--input: bom.txt: not UTF-8",
+    "--input array.json": "--input: array.json: holds no JSON object in its first line",
+    "--input pretty.json": "--input: pretty.json: holds no JSON object in its first line",
+    "--input words.jsonl": "--input: words.jsonl:1: not JSON at column 1",
+    "--input number.jsonl": "--input: number.jsonl:1: the value of 'text' is a int, not a string",
+    "--input null.jsonl": "--input: null.jsonl:1: the value of 'text' is a NoneType, not a string",
+    "--input latin.jsonl": "--input: latin.jsonl:1: not UTF-8: byte 0xe9",
+    "--input packed.jsonl.gz": "--input: packed.jsonl.gz: not UTF-8: byte 0x8b",
+    "--input packed.jsonl.gz --format jsonl": "(it looks like gzip",
+    "--input pipe": "--input: pipe: is not a regular file",
+    "--input /dev/zero": "--input: /dev/zero: is not a regular file",
+    "--input link": "--input: link: cannot be read",
+    "--json-key body": "--input: in/a.jsonl:1: has no key 'body'",
+    "--json-key ''": "--input: in/a.jsonl:1: has no key ''",
+    "--output-prefix ''": "--output-prefix: '' given",
+    "--output-prefix out/": "--output-prefix: 'out/' given",
+    "--output-prefix .": "--output-prefix: '.' given",
+    "--output-prefix in/..": "--output-prefix: 'in/..' given",
+    "--output-prefix out.bin": "--output-prefix: 'out.bin' given",
+    "--output-prefix out.idx": "--output-prefix: 'out.idx' given",
+    "--output-prefix out.json": "--output-prefix: 'out.json' given",
+    "--output-prefix 'a\nb'": "use a name of printable characters",
+    f"--output-prefix {'x' * 250}": "--output-prefix: a name of 250 bytes given",
+    "--output-prefix in/a.jsonl/out": "--output-prefix: cannot write in/a.jsonl/out",
+    "--output-prefix /proc/none/out": "--output-prefix: cannot write /proc/none/out",
+    "--output-prefix old": "--output-prefix: old.json exists",
+    "--output-prefix folder --overwrite": "--output-prefix: folder.bin is a folder",
+    "--input old.json --output-prefix old --overwrite": "old.json would replace an input file",
+    "--holdout-fraction 1": "--holdout-fraction: 1.0 given",
+    "--holdout-fraction -0.1": "--holdout-fraction: -0.1 given",
+    "--holdout-fraction nan": "--holdout-fraction is nan",
+    "--holdout-fraction inf": "--holdout-fraction is inf",
+    "--holdout-fraction 0.999": "leaves one side empty",
+    "--holdout-seed -1": "--holdout-seed: -1 given",
+    "--shuffle-seed -1": "--shuffle-seed: -1 given",
+    "--workers 0": "--workers: 0 given",
+    "--workers -4": "--workers: -4 given",
+    "--workers two": "--workers is 'two'; allowed: whole numbers",
+    "--workers 1.5": "--workers is '1.5'; allowed: whole numbers",
+    "--workers 99999999999999999999": "--workers is 99999999999999999999",
+    "--format csv": "--format is 'csv'; allowed: auto, text, jsonl",
+    "--on-bad-file ignore": "--on-bad-file is 'ignore'; allowed: refuse, skip",
+    "--input": "--input requires at least one value",
+    "--outputprefix x": "unrecognized arguments: --outputprefix x",
+    "--overwrite=maybe": "--overwrite takes no value, but 'maybe' is given",
+    "--workers 1000000": "--workers: 1000000 given",
+    "--tokenizer gpt2": "--tokenizer: 'gpt2' is neither 'bytes' nor an existing",
+    "--tokenizer ''": "--tokenizer: ''",
+    "--tokenizer blank.json": "--tokenizer: blank.json is not a tokenizer.json",
+    "--tokenizer empty": "--tokenizer: ",
+    "--eod-token x": "--eod-token: 'x' given, but --tokenizer bytes",
+}  # fmt: skip
+NONSENSE_RECALL = {
+    "--length 7": "--length: 7 given",
+    "--length -64": "--length: -64 given",
+    "--documents 0": "--documents: 0 given",
+    "--keys 1": "--keys: 1 given",
+    "--keys 1000": "--keys: 1000 given",
+    "--values 1": "--values: 1 given",
+    "--pair-fraction nan": "--pair-fraction is nan",
+    "--pair-fraction 0": "--pair-fraction: 0.0 given",
+    "--seed -1": "--seed: -1 given",
+    "--text none": "--text: 'none' given",
+    "--text old --output-prefix old --overwrite": "would replace an input file",
+    "--output-prefix old": "old.json exists",
+}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files that are good and bad, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("in", "empty", "folder.bin"):
+        (tmp_path / folder).mkdir()
+    contents = {
+        "in/a.jsonl": b'{"text": "one"}\n{"text": "two"}\n',
+        "blank.txt": b" \n",
+        "blank.jsonl": b"\n\n",
+        "blank.json": b"",
+        "bom.txt": "text".encode("utf-16"),
+        "array.json": b'[{"text": "x"}]',
+        "pretty.json": b'{\n"text": "x"\n}',
+        "words.jsonl": b"words\n",
+        "number.jsonl": b'{"text": 3}\n',
+        "null.jsonl": b'{"text": null}\n',
+        "latin.jsonl": b'{"text": "\xe9"}\n',
+        "packed.jsonl.gz": gzip.compress(b'{"text": "x"}\n'),
+        **{f"old.{suffix}": b'{"text": "x"}\n' for suffix in ("bin", "idx", "json")},
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("nowhere")
+    return tmp_path
+
+
+def test_data(corpus: Path) -> None:
+    before = sorted(corpus.rglob("*"))
+    for words, expected in NONSENSE_DATA.items():
+        line = refusal("prepare-data", *PREPARE.split(), *shlex.split(words))
+        assert expected in line, (words, line)
+        assert sorted(corpus.rglob("*")) == before, words
+
+
+def test_recall_data(corpus: Path) -> None:
+    before = sorted(corpus.rglob("*"))
+    for words, expected in NONSENSE_RECALL.items():
+        common = "--output-prefix out --length 64 --documents 2"
+        line = refusal("make-recall-data", *common.split(), *shlex.split(words))
+        assert expected in line, (words, line)
+    assert sorted(corpus.rglob("*")) == before

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_fope.cli import main
 from megatron_fope.data import command as cli
 from megatron_fope.data import prepare, prepare_data, read_sidecar
 from megatron_fope.errors import UserError
@@ -353,16 +354,17 @@ def test_any_existing_file_of_the_output_is_kept(tmp_path: Path, out: Path, suff
     assert (out / f"data{suffix}").read_text() == "precious"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_request_to_end_leaves_nothing(
-    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a scheduler sends it, while documents are written; the signal's handler is as before."""
-    before = signal.getsignal(number)
-    monkeypatch.setattr(prepare, "_add_documents", lambda *_: os.kill(os.getpid(), number))
+    """SIGTERM, as a scheduler sends it, while documents are written."""
+    monkeypatch.setattr(prepare, "_add_documents", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    source = write_jsonl(tmp_path / "a.jsonl", ["x"])
     with pytest.raises(SystemExit) as stop:
-        prepare_data(write_jsonl(tmp_path / "a.jsonl", ["x"]), out / "new" / "folder" / "data")
-    assert stop.value.code == 128 + number and signal.getsignal(number) == before
+        main(
+            ["prepare-data", "--input", str(source), "--output-prefix", str(out / "new" / "folder" / "data")]
+        )
+    assert stop.value.code == 143 and capsys.readouterr().err == "megatron-fope: terminated\n"
     assert left_behind(out) == []
 
 

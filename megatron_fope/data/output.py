@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from megatron_fope import staging
 from megatron_fope.errors import UserError
@@ -80,8 +77,6 @@ def refuse_output_over_input(prefixes: Sequence[str], inputs: Sequence[str | os.
 def staging_folder(prefix: Path) -> Iterator[Path]:
     """A hidden folder on the output's file system, gone afterwards; so are the folders made for it, if empty.
 
-    A request to end (SIGTERM, SIGHUP) ends the process in order, with exit code 128 and the signal's number.
-
     Raises:
         UserError: writing in it failed.
     """
@@ -92,10 +87,9 @@ def staging_folder(prefix: Path) -> Iterator[Path]:
         )
     missing = [folder for folder in prefix.parents if not folder.exists()]
     try:
-        with _ended_in_order():
-            prefix.parent.mkdir(parents=True, exist_ok=True)
-            with staging.staging_folder(prefix) as folder:
-                yield folder
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        with staging.staging_folder(prefix) as folder:
+            yield folder
     except BaseException as error:
         for made in missing:
             with contextlib.suppress(OSError):
@@ -104,24 +98,6 @@ def staging_folder(prefix: Path) -> Iterator[Path]:
             raise
         # The readers turn their own OSError into a BadDocument, so this one is about the output.
         raise UserError(f"--output-prefix: cannot write {prefix} ({error.strerror or error})") from error
-
-
-@contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """Signals that end a process become an exception, so that what is half made is removed."""
-
-    def end(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
-        yield
-        return
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def move_into_place(staged: Sequence[str], prefixes: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ from megatron_fope.data.readers import (
 )
 from megatron_fope.data.tokenizers import BYTES, Tokenizer, encode_documents, load_tokenizer
 from megatron_fope.errors import UserError
+from megatron_fope.log import quiet_imports
 
 logger = logging.getLogger(__name__)
 
@@ -168,10 +169,11 @@ def prepare_data(
         corpus.refuse_or_skip(problem)
 
     # Only now: this imports torch, which takes seconds, and the mistakes above are told at once.
-    from megatron_fope.compat import megatron_version
+    with quiet_imports():
+        from megatron_fope.compat import megatron_version
 
-    megatron = str(megatron_version())
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+        megatron = str(megatron_version())
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     dtype = DType.optimal_dtype(encoder.vocab_size)
 

@@ -33,6 +33,7 @@ from megatron_fope.data.output import (
 )
 from megatron_fope.data.prepare import SIDECAR_VERSION, WrittenDataset, read_sidecar
 from megatron_fope.errors import UserError
+from megatron_fope.log import quiet_imports
 
 _RANDOM_TEXT_IDS = 64
 """Ids of the random text between pairs where no dataset gives a text."""
@@ -107,10 +108,11 @@ def make_recall_data(
     vocab_size = value_ids.stop + 1
 
     # Only now: this imports torch, which takes seconds, and the mistakes above are told at once.
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    with quiet_imports():
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    from megatron_fope.compat import null_tokenizer_flags
-    from megatron_fope.evaluation.prompts import draw_pairs, mix_pairs
+        from megatron_fope.compat import null_tokenizer_flags
+        from megatron_fope.evaluation.prompts import draw_pairs, mix_pairs
 
     dtype = DType.optimal_dtype(vocab_size)
     flags = null_tokenizer_flags(vocab_size)

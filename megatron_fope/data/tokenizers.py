@@ -108,7 +108,7 @@ class HuggingFaceTokenizer(Tokenizer):
     ) -> None:
         super().__init__(append_eod=append_eod)
         where = Path(path)
-        if not where.exists():
+        if not os.fspath(path) or not where.exists():
             raise UserError(
                 f"--tokenizer: {str(path)!r} is neither 'bytes' nor an existing tokenizer.json or folder "
                 "of a Hugging Face tokenizer"
