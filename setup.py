@@ -1,6 +1,6 @@
 """Package metadata; the Python version and the Megatron-Core range belong together.
 
-Upper bounds are what the tests ran with: ``make test-newest`` ignores them, ``.ci/constraints.txt`` is narrower.
+Upper bounds are what the tests ran with; ``make test-newest`` ignores them and ``.ci/constraints.txt``.
 """
 
 import re

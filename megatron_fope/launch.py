@@ -57,7 +57,8 @@ def prepare(*, cpu: bool, built_in: bool = True) -> None:
         built_in: the built-in training is used, not a script of Megatron-LM's.
 
     Raises:
-        UserError: there is no GPU and ``cpu`` is not given, or Megatron is not supported.
+        UserError: there is no GPU and ``cpu`` is not given, Megatron is not supported, or a checkout of it
+            cannot compile its data helpers.
     """
     if not cpu and not {"-h", "--help"} & set(sys.argv):
         import torch  # before Megatron, whose import takes long and warns about missing libraries
@@ -78,6 +79,7 @@ def prepare(*, cpu: bool, built_in: bool = True) -> None:
 
         sys.argv[1:] = cpu_runtime.add_argument_defaults(sys.argv[1:])  # bad flags fail before slow imports
         cpu_runtime.enable()
+    compat.prepare_dataset_helpers()
     from megatron_fope.registration import register
 
     register()

@@ -114,7 +114,6 @@ def main() -> None:
     """
     now = time.time()
     set_startup_timestamps(program_start=now, main_entry=now)
-    compat.use_prebuilt_dataset_helpers()
     compat.repair_checkpoint_metadata_reader()
     restartable_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     compat.run_pretraining(

@@ -38,7 +38,6 @@ def initialize(flags: list[str], *, cpu: bool) -> None:
     from megatron_fope import compat
     from megatron_fope.pretrain import embedding_ranks
 
-    compat.use_prebuilt_dataset_helpers()
     compat.initialize_megatron(lambda parser, args: None, get_embedding_ranks=embedding_ranks)
 
 

@@ -17,7 +17,7 @@ up to 0.18      ``gpt_builder_config``, ``hybrid_builder_config``, ``keep_on_dev
                 ``known_parameters``, ``read_batch``, ``run_pretraining``,
                 ``slice_batch_for_context_parallelism``
 0.19            ``repair_help_texts``
-all so far      ``repair_checkpoint_metadata_reader``, ``use_prebuilt_dataset_helpers``
+all so far      ``repair_checkpoint_metadata_reader``, ``prepare_dataset_helpers``
 =============== ======================================================================================
 """
 
@@ -34,10 +34,10 @@ from megatron_fope.compat.checkpoints import (
 )
 from megatron_fope.compat.data import (
     count_document_tokens,
+    prepare_dataset_helpers,
     read_batch,
     reads_packed_batches,
     slice_batch_for_context_parallelism,
-    use_prebuilt_dataset_helpers,
 )
 from megatron_fope.compat.inference import (
     token_positions,
@@ -103,6 +103,7 @@ __all__ = [
     "model_classes",
     "modules_that_import",
     "null_tokenizer_flags",
+    "prepare_dataset_helpers",
     "read_batch",
     "reads_packed_batches",
     "repair_checkpoint_metadata_reader",
@@ -114,5 +115,4 @@ __all__ = [
     "slice_batch_for_context_parallelism",
     "theoretical_memory",
     "token_positions",
-    "use_prebuilt_dataset_helpers",
 ]

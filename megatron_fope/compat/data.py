@@ -2,28 +2,59 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from megatron_fope.compat.signatures import known_parameters
+from megatron_fope.errors import UserError
 
 
-def use_prebuilt_dataset_helpers() -> None:
-    """Skip the ``make`` that Megatron runs at start-up where there is nothing to make.
+def prepare_dataset_helpers() -> None:
+    """See to the ``make -C megatron/core/datasets`` that Megatron runs at start-up, and exits if it fails.
 
-    All releases call ``make -C megatron/core/datasets`` and exit if it fails. Wheels (0.17 - 0.19) ship the
-    compiled helpers and no Makefile, so without this no wheel can train, on a GPU neither. A checkout
-    keeps its ``make``.
+    Wheels (0.17 - 0.19) ship the compiled helpers and no Makefile, so there is nothing to make; without this
+    no wheel can train, on a GPU neither. A checkout's Makefile asks whatever ``python3`` and
+    ``python3-config`` are on PATH for pybind11's folder and the result's suffix; this interpreter answers.
+
+    Raises:
+        UserError: what compiling needs is missing.
     """
     import megatron.core.datasets.utils as dataset_utils
 
-    if (Path(dataset_utils.__file__).parent / "Makefile").exists():
+    folder = Path(dataset_utils.__file__).parent
+    if not (folder / "Makefile").exists():
+
+        def nothing_to_compile() -> None:
+            pass
+
+        dataset_utils.compile_helpers = nothing_to_compile
         return
 
-    def nothing_to_compile() -> None:
-        pass
-
-    dataset_utils.compile_helpers = nothing_to_compile
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    source, compiled = folder / "helpers.cpp", folder / f"helpers_cpp{suffix}"
+    missing = [] if shutil.which("make") else ["make"]
+    if not compiled.exists() or compiled.stat().st_mtime < source.stat().st_mtime:
+        if not shutil.which(os.environ.get("CXX", "g++")):
+            missing.append("a C++ compiler")
+        if find_spec("pybind11") is None:
+            missing.append("pybind11 (pip install pybind11)")
+        if not Path(sysconfig.get_path("include"), "Python.h").exists():
+            missing.append("the headers of Python (python3-dev)")
+    if missing:
+        raise UserError(
+            f"Megatron compiles its data helpers in {str(folder)!r}, which requires {', '.join(missing)}"
+        )
+    own, path = Path(sys.executable).parent, os.environ.get("PATH", os.defpath)
+    if Path(shutil.which("python3") or "/").parent != own:
+        os.environ["PATH"] = f"{own}{os.pathsep}{path}"
+    flags = os.environ.get("MAKEFLAGS", "")
+    if f"LIBEXT={suffix}" not in flags:
+        os.environ["MAKEFLAGS"] = f"{flags} LIBEXT={suffix}".strip()
 
 
 def reads_packed_batches() -> bool:

@@ -93,7 +93,7 @@ def _patch_megatron() -> None:
     attention.install()
     optimizer.install()
     saving.install()
-    compat.use_prebuilt_dataset_helpers()
+    compat.prepare_dataset_helpers()
     compat.repair_checkpoint_metadata_reader()
     compat.define_missing_router_kernel()
     compat.define_missing_latent_attention_library()

@@ -53,7 +53,6 @@ def load_model(checkpoint: str) -> list[Any]:
     from megatron_fope.checkpoint import read_checkpoint
     from megatron_fope.model import embedding_ranks, model_provider
 
-    compat.use_prebuilt_dataset_helpers()
     compat.repair_checkpoint_metadata_reader()
     stored = read_checkpoint(checkpoint).args
     compat.initialize_megatron(partial(_adopt, stored), get_embedding_ranks=embedding_ranks)
