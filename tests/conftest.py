@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from example_scripts import site
 from forks import Launcher
+from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
 from trainer import Trainer
 
 

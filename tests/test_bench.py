@@ -206,7 +206,8 @@ def test_minimum_traffic() -> None:
 
 def test_kept_tables_do_not_count_where_a_model_has_none() -> None:
     """Coefficients per layer: the cache would have dropped the tables before this layer's next call."""
-    launch = pytest.importorskip("megatron_fope.kernels.launch")
+    from megatron_fope.kernels import launch
+
     provider = PROVIDERS["fope-triton-tables"]
     before = launch._TABLES
     provider.call(cases.make_inputs(TINY, CPU)).forget()

@@ -15,8 +15,6 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("megatron.core")
-
 from megatron_fope import compat, embedding
 from megatron_fope.config import FoPEConfig
 from megatron_fope.embedding import FourierEmbedding

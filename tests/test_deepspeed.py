@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -18,11 +17,6 @@ EXAMPLE = ROOT / "examples" / "deepspeed"
 CHECKS = ROOT / "tests" / "scripts" / "deepspeed_checks.py"
 CASES = re.findall(r'^    "([^"]+)": "--zero', CHECKS.read_text(), re.MULTILINE)
 
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None,
-    reason="deepspeed is not installed: pip install 'megatron-fope[deepspeed]'",
-)
-
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, str | None]:
@@ -31,14 +25,12 @@ def results() -> dict[str, str | None]:
     return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
 
 
-@needs_deepspeed
 @pytest.mark.launch
 @pytest.mark.parametrize("case", CASES)
 def test_equals_plain_training(case: str, results: dict[str, str | None]) -> None:
     assert results[case] is None, f"\n{results[case]}"
 
 
-@needs_deepspeed
 @pytest.mark.launch
 def test_readme(tmp_path: Path) -> None:
     """The commands of the README print what it says, to the digits that do not depend on the machine."""

@@ -120,7 +120,8 @@ def test_frequencies_are_computed_on_the_cpu_whatever_the_default_device() -> No
 
 def test_llama3_scaling_is_megatrons() -> None:
     """Against Megatron's own frequencies under ``--use-rope-scaling``."""
-    rotary = pytest.importorskip("megatron.core.models.common.embeddings.rotary_pos_embedding")
+    from megatron.core.models.common.embeddings import rotary_pos_embedding as rotary
+
     theirs = rotary.RotaryEmbedding._apply_scaling(
         None, functional.inverse_frequencies(128, 500000.0), factor=8.0
     )

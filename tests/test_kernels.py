@@ -14,8 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from megatron_fope import functional, kernels
 from megatron_fope.positions import packed_positions
 
-pytest.importorskip("triton")
-
 
 def run(inputs: Inputs, **changes: object) -> list[Tensor]:
     """Results, then gradients for the case's random upstream gradients."""

@@ -21,7 +21,6 @@ from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError
 from megatron_fope.kernels import launch, ops, tables
 
-pytest.importorskip("triton")
 SMALL = {"tokens": 6, "batch": 1, "heads": 2, "kv_heads": 1, "head_dim": 24}
 
 

@@ -23,7 +23,6 @@ SELECTED = (
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Comparison:
-    pytest.importorskip("tensorboard")
     return Comparison(tmp_path_factory.mktemp("layouts"), launcher, iters=ITERS)
 
 

@@ -71,12 +71,11 @@ class Release:
 
 
 def release(name: str) -> Release:
-    """The release's folder, or a skip that says why."""
+    """The release's folder."""
     if name == CHECKOUT:
         return Release(name, Path(os.environ[CHECKOUT]).resolve())
     folder = prepared_release(name)
-    if not (folder / "megatron" / "__init__.py").is_file():
-        pytest.skip(f"Megatron-Core {name} is not in {folder}; make setup puts it there")
+    assert (folder / "megatron" / "__init__.py").is_file(), f"use make setup: {folder} lacks Megatron-Core"
     return Release(name, folder)
 
 

@@ -543,7 +543,6 @@ def test_command(tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]) 
 def test_progress_bar_counts_every_byte(
     tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("tqdm", reason="tqdm is not installed")
     source = write_jsonl(tmp_path / "a.jsonl", ["x" * 1000] * 10)
     prepare_data(source, out / "data", show_progress=True)
     assert "prepare-data: 100%" in capsys.readouterr().err
@@ -555,7 +554,8 @@ def test_progress_bar_counts_every_byte(
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small byte-level BPE trained here, stored with truncation on."""
-    library = pytest.importorskip("tokenizers", reason="the tokenizers library is not installed")
+    import tokenizers as library
+
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -647,7 +647,6 @@ def test_the_tokenizer_is_never_replaced(tmp_path: Path, hugging_face: Path) -> 
 
 
 def test_tokenizer_folder_agrees_with_megatron(tmp_path: Path, out: Path, hugging_face: Path) -> None:
-    pytest.importorskip("transformers", reason="the transformers library is not installed")
     from megatron.core.tokenizers import MegatronTokenizer
 
     done = prepare_data(write_jsonl(tmp_path / "a.jsonl", LONG), out / "data", tokenizer=hugging_face)

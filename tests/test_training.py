@@ -115,7 +115,8 @@ def test_start_up_says_what_runs(one_rank: Run) -> None:
 
 
 def test_settings_reach_tensorboard(one_rank: Run, trainer: Trainer) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as accumulator
+
     events = accumulator.EventAccumulator(str(trainer.folder / "tensorboard"))
     events.Reload()
     texts = set(events.Tags()["tensors"])
