@@ -47,7 +47,7 @@ setup(
     python_requires=">=3.12,<3.14",
     install_requires=[
         "megatron-core>=0.17,<0.20",
-        "torch>=2.6,<2.15",
+        "torch>=2.6,<2.16",
         "numpy<3",
         "packaging",
         "psutil",  # so does writing of torch_dist checkpoints

@@ -7,12 +7,15 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 from launch import ROOT, torchrun
+from packaging.requirements import Requirement
 from test_guide import PAGES
 
 from megatron_fope import __all__, __version__
@@ -161,3 +164,20 @@ def test_layer_spec_example() -> None:
 def test_examples_are_importable_python() -> None:
     for script in (ROOT / "examples").rglob("*.py"):
         compile(script.read_text(), str(script), "exec")
+
+
+def test_constraints_fit_what_setup_py_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every requirement of ours is in the file; torch, which a platform may cap, with the whole range."""
+    lines = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
+    kept = {r.name: r for r in map(Requirement, (line for line in lines if not line.startswith("#")))}
+    metadata = {}
+    monkeypatch.setattr(setuptools, "setup", metadata.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    for text in metadata["install_requires"] + metadata["extras_require"]["dev"]:
+        ours = Requirement(text)
+        if ours.name == "torch":
+            assert kept["torch"].specifier == ours.specifier
+            continue
+        (pin,) = kept[ours.name].specifier
+        assert pin.operator == "==" and ours.specifier.contains(pin.version), text
