@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -224,49 +225,97 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
                 device=query.device,
             )
             if between is not None:
-                return between.basis(positions)
-            return functional.fourier_basis(positions, self.inv_freq)
+                basis = between.basis(positions)
+            else:
+                basis = functional.fourier_basis(positions, self.inv_freq)
+            dtype = getattr(self, self.coefficient_names[0]).dtype
+            return basis[0].to(dtype), basis[1].to(dtype)  # exact angles come in float64
 
+        settings = (self.fope, self.head_dim, query.device, between is not None)
+        layout: tuple[Any, ...] = (query.size(0),)
+        tensors: tuple[Tensor | None, ...] = ()
         if context is not None:
-            return build()
-        cp = (cp_group.rank(), cp_group.size()) if cp_group is not None else (0, 1)
-        key = (self.fope, self.head_dim, query.device, query.size(0), cp, between is not None)
-        if packed is None:
-            return _BASIS_CACHE.get(key, build)
-        lengths = (packed.cu_seqlens_q, packed.cu_seqlens_q_padded)
-        key += (packed.qkv_format, packed.cp_group, packed.local_cp_size)
-        return _BASIS_CACHE.get(key, build, tuple(t for t in lengths if t is not None))
+            layout += ("static" if context.is_static_batching() else "dynamic",)
+            if not context.is_static_batching():
+                tensors = (compat.token_positions(context),)
+            elif offset is not None:
+                tensors = (offset,)
+            else:
+                layout += (context.sequence_len_offset,)
+        else:
+            layout += (cp_group.rank(), cp_group.size()) if cp_group is not None else (0, 1)
+            if packed is not None:
+                layout += (packed.qkv_format, packed.cp_group, packed.local_cp_size)
+                tensors = (packed.cu_seqlens_q, packed.cu_seqlens_q_padded)
+        found = tuple(t for t in tensors if t is not None)
+        place = (self.stack, self.layer)
+        return _BASIS_CACHE.get(settings, layout, build, found, place, in_order=context is not None)
+
+
+@dataclass
+class _Kept:
+    key: Any
+    tensors: tuple[Tensor, ...]
+    """Kept alive: others must not get their memory."""
+    place: tuple[str, int]
+    """Stack and number of the layer that used the basis last."""
+    basis: tuple[Tensor, Tensor]
 
 
 class _BasisCache:
-    """The most recent few bases of training: one serves all layers.
+    """The basis of the moment for each of a few models: made once, used by all layers.
 
-    Plain positions stay the same from step to step. Packed documents bring new ones with every micro-batch;
-    they are recognised by the tensors of their lengths, which an entry keeps alive, and by PyTorch's count of
-    writes to these, because CUDA graphs reuse their memory.
+    Plain positions stay the same from step to step. Others come from tensors: packed documents bring new ones
+    with every micro-batch, an inference context writes new values into the same memory in every step. They
+    are recognised by their memory, which an entry keeps alive, and by PyTorch's count of writes to it.
+    (Recomputation brings other tensors of the same memory.) Where writes may go uncounted, in inference, a
+    basis also serves only later layers of its stack: when a layer or an earlier one comes again, it is the
+    next step.
 
-    A graph that is being captured may read a basis of plain positions, which is then kept for good. It must
-    make that of packed documents itself, because it will be replayed with other lengths in the same memory.
+    A graph that is being captured may read a basis of plain positions, which is then kept for good. Others it
+    must make itself, in each layer, because it will be replayed with other values in the same memory.
     """
 
     def __init__(self, size: int = 4) -> None:
         self._size = size
-        self._entries: OrderedDict[Any, tuple[Any, tuple[Tensor, Tensor]]] = OrderedDict()
+        self._entries: OrderedDict[Any, _Kept] = OrderedDict()
         self._captured: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._lock = threading.Lock()
 
     def get(
-        self, key: Any, build: Callable[[], tuple[Tensor, Tensor]], lengths: tuple[Tensor, ...] = ()
+        self,
+        settings: Any,
+        layout: Any,
+        build: Callable[[], tuple[Tensor, Tensor]],
+        tensors: tuple[Tensor, ...] = (),
+        place: tuple[str, int] = ("", 0),
+        *,
+        in_order: bool = False,
     ) -> tuple[Tensor, Tensor]:
+        """The basis of these positions, new or kept.
+
+        Args:
+            settings: what belongs to the model; one basis is kept for each.
+            layout: what else decides the positions, hashable.
+            build: makes the basis.
+            tensors: those that the positions come from.
+            place: stack and number of the layer.
+            in_order: do not rely on the count of writes to ``tensors``.
+        """
         capturing = _is_capturing()
-        if any(t.is_inference() for t in lengths):
-            return build()  # such tensors do not count their writes
-        key = (key, tuple((id(t), t._version) for t in lengths))
-        if key in self._entries and not (capturing and lengths):
-            self._entries.move_to_end(key)
-            basis = self._entries[key][1]
-            if capturing:
-                self._captured[key] = basis
-            return basis
+        in_order = bool(tensors) and (in_order or any(t.is_inference() for t in tensors))
+        key = (layout, tuple(map(_memory, tensors)))
+        stream = None if capturing else _stream()  # a capture starts synchronized
+        with self._lock:
+            kept = self._entries.get(settings)
+            if kept is not None and kept.key[0] == key and not (capturing and tensors):
+                later = kept.place[0] == place[0] and kept.place[1] < place[1]
+                if (capturing or kept.key[1] == stream) and (later or not in_order):
+                    kept.place = place
+                    self._entries.move_to_end(settings)
+                    if capturing:
+                        self._captured[settings, key] = kept.basis
+                    return kept.basis
         # A tensor made in inference mode could not be saved for backward by a later training step.
         with torch.inference_mode(False), torch.no_grad():
             basis = build()
@@ -274,10 +323,22 @@ class _BasisCache:
             compat.keep_on_device(tensor)
         if capturing:
             return basis  # memory of a CUDA graph's private pool must not outlive the capture
-        self._entries[key] = (lengths, basis)
-        if len(self._entries) > self._size:
-            self._entries.popitem(last=False)
+        with self._lock:
+            self._entries[settings] = _Kept((key, stream), tensors, place, basis)
+            self._entries.move_to_end(settings)
+            if len(self._entries) > self._size:
+                self._entries.popitem(last=False)
         return basis
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _stream() -> int:
+    """The stream that computes; another one might read what is not made yet."""
+    return torch.cuda.current_stream().cuda_stream if _has_cuda() else 0
 
 
 @functools.cache

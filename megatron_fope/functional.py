@@ -200,7 +200,7 @@ def step_eye(d_in: int, d_out: int) -> Tensor:
         ``[d_in, d_out]`` float32 on CPU.
     """
     step = math.ceil(d_in / d_out)
-    eye = torch.zeros(d_in, d_out, device="cpu")
+    eye = torch.zeros(d_in, d_out, dtype=torch.float32, device="cpu")
     columns = torch.arange(min(d_out, math.ceil(d_in / step)), device="cpu")
     eye[columns * step, columns] = 1.0
     return eye

@@ -190,7 +190,7 @@ def grow_upstream(
     new = (
         functional.init_coefficients(shape, "eye_xavier_norm", gain, generator)
         if expand
-        else torch.zeros(shape, device="cpu")
+        else torch.zeros(shape, dtype=torch.float32, device="cpu")
     )
     new[..., :old_in, :old_out] = old
     return new
