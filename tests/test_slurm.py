@@ -36,6 +36,14 @@ def test_nonsense_in_every_variable(allowed: str, here: dict[str, str]) -> None:
             assert found.startswith(f"{name} is '{value}'; allowed: ") and allowed in found
 
 
+@pytest.mark.parametrize("given", ["SAMPLES=0", "SAMPLES=many", "LENGTHS=-1", "LENGTHS=1k", "TASK=haystack"])
+def test_nonsense_in_an_evaluation(given: str) -> None:
+    """Told before the first of its commands, which takes long."""
+    name, value = given.split("=")
+    found = error("pretrain/evaluate.sh", CHECKPOINTS="a", MOCK="1", **{name: value})
+    assert found.startswith(f"{name} is '{value}'; allowed: ")
+
+
 def test_nonsense_flags_of_a_script() -> None:
     for flags in (["--train-samples", "100"], ["--train-samples=100"], ["--yaml-cfg=a"]):
         assert "is given; use --train-iters" in error(SMALL, *flags, DRY_RUN="1", **MOCK)

@@ -7,6 +7,11 @@ set -euo pipefail
 source "$(dirname "$0")/../common.sh"
 
 defaults OUT=out/evaluation TASK=needle SAMPLES=20
+whole SAMPLES 1
+[[ ${LENGTHS:-1} =~ ^[1-9][0-9]*(,[1-9][0-9]*)*$ ]] ||
+    die "LENGTHS is '$LENGTHS'; allowed: numbers of tokens, for example 512,1024"
+[[ $TASK == needle || $TASK == recall || $TASK == passkey ]] ||
+    die "TASK is '$TASK'; allowed: needle, recall or passkey"
 require CHECKPOINTS "folders made by --save, each with or without a NAME= in front"
 read -ra folders <<< "$CHECKPOINTS"
 common=()
