@@ -317,7 +317,7 @@ def test_every_ladder_trains_scaled_down(
 
     monkeypatch.setattr(execution, "_call", call)
     assert main(["ladder", str(tmp_path / "ladder.toml"), "--run"]) == 0, logs[-1][-4000:]
-    assert [len(losses(log)) for log in logs] == [2] * text.count("[[stage]]")
+    assert [len(losses(log)) for log in logs] == [2] * text.count("\n[[stage]]\n")
 
 
 def test_no_file_of_the_examples_is_forgotten() -> None:
