@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -140,3 +142,25 @@ def test_mistakes_of_a_job(here: dict[str, str], tmp_path: Path) -> None:
     done = script("slurm.sh", dense, **(here | job))
     assert done.returncode == 2 and done.stdout == "", "nothing was started"
     assert done.stderr == "dense_8b.sh: error: DATA_PATH: /no/data.bin or /no/data.idx does not exist\n"
+
+
+def test_term_reaches_the_ranks_and_needs_no_pkill(tmp_path: Path) -> None:
+    """With shells in place of torchrun and two ranks; torchrun itself must not be told."""
+    for tool in ("bash", "basename", "cat", "dirname", "awk", "sleep", "touch"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    saves = f"trap 'touch {tmp_path}/saved$RANK; exit 0' TERM; touch {tmp_path}/ready$RANK"
+    executable(tmp_path / "rank", f"{saves}; while :; do sleep 0.1; done")
+    executable(tmp_path / "agent", "trap 'exit 9' TERM; for RANK in 0 1; do RANK=$RANK rank & done; wait")
+    process = subprocess.Popen(
+        ["bash", "-c", f"source {EXAMPLES}/common.sh; _until_told agent"], env={"PATH": str(tmp_path)}
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+    assert all((tmp_path / f"saved{rank}").exists() for rank in (0, 1))
