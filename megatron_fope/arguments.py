@@ -49,7 +49,8 @@ _HELP: dict[str, str] = {
     "nothing a frequency, 'upstream' is the authors' rule, 'upstream-zeros' the same without random numbers.",
     "anneal_iters": f"Iterations of {START_FROM_ROPE} function-preserving, >= 1, in which RoPE becomes FoPE; "
     "give both until the end of them.",
-    "floor_ratio": "Multiplies the clipping floor 2 pi / L: 2 drops everything below two cycles in L.",
+    "floor_ratio": "Multiplies the clipping floor 2 pi / L: 2 drops everything below two cycles in L, 0 "
+    "nothing.",
     "num_inv_freq": "Keep exactly the first so many frequencies and ignore the floor. Default: by the floor.",
     "clip": "Clip slow frequencies at all.",
     "drop_clipped": "Remove clipped frequencies and pad their channels; otherwise keep them as zeros.",
@@ -256,6 +257,7 @@ def check_before_megatron(args: Any) -> None:
     from megatron_fope.attention import check_host_config  # imports Megatron, which other commands need not
 
     check_start_flags(args)
+    check_scaling_flags(args)
     rope_fusion, args.apply_rope_fusion = getattr(args, "apply_rope_fusion", False), False
     check_host_config(args)
     args.apply_rope_fusion = rope_fusion
@@ -284,6 +286,35 @@ def check_before_megatron(args: Any) -> None:
             "defined; allowed: --context-parallel-size 1"
         )
     check_layout(args)
+
+
+_READ_BY = {
+    "scaling_factor": ("linear", "yarn", "llama3"),
+    "original_length": ("pi", "yarn", "llama3"),
+    **dict.fromkeys(("yarn_beta_fast", "yarn_beta_slow", "yarn_extrapolation_factor"), ("yarn",)),
+}
+"""Settings that only some of ``--fope-scaling`` look at."""
+
+
+def check_scaling_flags(args: Any) -> None:
+    """Refuse settings of a length extension that is not asked for: they would do nothing, silently.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    given = given_fope_arguments(args)
+    scaling = given.get("scaling", "llama3" if getattr(args, "use_rope_scaling", False) else "none")
+    for field in FIELDS:
+        readers = _READ_BY.get(field.name, (scaling,))
+        if (
+            scaling in SCALINGS
+            and scaling not in readers
+            and given.get(field.name, field.default) != field.default
+        ):
+            raise UserError(
+                f"{flag(field.name)} is {given[field.name]}, which {flag('scaling')} {scaling} does not "
+                f"read; use it with {' or '.join(readers)}"
+            )
 
 
 def check_start_flags(args: Any) -> None:

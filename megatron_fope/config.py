@@ -47,6 +47,11 @@ SCALINGS = ("none", "pi", "linear", "yarn", "llama3")
 GROWTHS = ("aligned", "upstream", "upstream-zeros")
 """How coefficients grow with the training length; see :mod:`megatron_fope.growth`."""
 
+_WIDEST = 65536
+"""Channels of a head: beyond it a number is a slip, and would cost memory before anything is checked."""
+
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
+
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 """What rotates queries and keys; see :func:`megatron_fope.implementation.choose`."""
 
@@ -82,7 +87,7 @@ class FoPEConfig:
     rotary_base: float = 10000.0
     """Base (theta) of the frequencies."""
     floor_ratio: float = 1.0
-    """Multiplies the floor: 2 drops everything below two cycles in L."""
+    """Multiplies the floor: 2 drops everything below two cycles in L, 0 nothing at all."""
     num_inv_freq: int | None = None
     """Keep exactly the first so many frequencies; the floor is not looked at."""
     clip: bool = True
@@ -306,10 +311,10 @@ class FoPEConfig:
         Raises:
             UserError: odd head dimension, no frequency left, or ``num_inv_freq`` beyond head_dim / 2.
         """
-        if head_dim < 4 or head_dim % 2:
+        if not 4 <= head_dim <= _WIDEST or head_dim % 2:
             raise UserError(
                 f"--kv-channels (head dimension) is {head_dim}; FoPE rotates channel pairs and needs an even "
-                "number >= 4"
+                f"number >= 4, at most {_WIDEST}"
             )
         width = max(head_dim, self.basis_dim)
         if self.num_inv_freq is not None and not 1 <= self.num_inv_freq <= width // 2:
@@ -321,7 +326,7 @@ class FoPEConfig:
                 f"--fope-train-length is {self.train_length}: no frequency completes {self.floor_ratio:g} "
                 f"cycle(s) in it (floor {floor:.3g}, "
                 "fastest frequency 1 radian per token); use at least "
-                f"{int(2 * 3.1416 * self.floor_ratio) + 1} tokens"
+                f"{int(2 * math.pi * self.floor_ratio) + 1} tokens"
             )
         if self.drop_clipped and self.square and num_kept > head_dim // 2:
             raise UserError(
@@ -336,12 +341,12 @@ class FoPEConfig:
 
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            finite = not isinstance(value, float) or math.isfinite(value)
-            require(finite, flag(field.name), value, "finite numbers")
+            finite = not isinstance(value, float) or abs(value) <= _LARGEST_FLOAT
+            require(finite, flag(field.name), value, "finite numbers that float32 can hold")
         require(self.train_length >= 2, "--fope-train-length", self.train_length, "at least 2 tokens")
         require(self.gain > 0, "--fope-gain", self.gain, "greater than 0")
         require(self.rotary_base > 1, "--rotary-base", self.rotary_base, "greater than 1")
-        require(self.floor_ratio > 0, "--fope-floor-ratio", self.floor_ratio, "greater than 0")
+        require(self.floor_ratio >= 0, "--fope-floor-ratio", self.floor_ratio, "0 or more")
         require(
             self.init in functional.INITIALIZATIONS,
             "--fope-init",
@@ -359,7 +364,12 @@ class FoPEConfig:
         require(self.padding in PADDINGS, "--fope-padding", self.padding, ", ".join(PADDINGS))
         require(self.scaling in SCALINGS, "--fope-scaling", self.scaling, ", ".join(SCALINGS))
         require(0 <= self.seed < 2**63, "--fope-seed", self.seed, "0 to 2^63 - 1")
-        require(self.basis_dim >= 0 and self.basis_dim % 2 == 0, "--fope-basis-dim", self.basis_dim, "even")
+        require(
+            0 <= self.basis_dim <= _WIDEST and self.basis_dim % 2 == 0,
+            "--fope-basis-dim",
+            self.basis_dim,
+            f"even numbers from 0 to {_WIDEST}",
+        )
         require(self.attention_scaling > 0, "--fope-attention-scaling", self.attention_scaling, "> 0")
         if self.scaling in ("linear", "yarn", "llama3"):
             require(self.scaling_factor >= 1, "--fope-scaling-factor", self.scaling_factor, "at least 1")
@@ -370,8 +380,16 @@ class FoPEConfig:
                 self.original_length,
                 f"the length before extension in tokens, with --fope-scaling {self.scaling}",
             )
+        if self.scaling == "yarn":
+            fast, slow = self.yarn_beta_fast, self.yarn_beta_slow
+            require(slow > 0, "--fope-yarn-beta-slow", slow, "greater than 0")
+            require(
+                fast >= slow, "--fope-yarn-beta-fast", fast, f"at least the {slow:g} of --fope-yarn-beta-slow"
+            )
+            weight = self.yarn_extrapolation_factor
+            require(0 <= weight <= 1, "--fope-yarn-extrapolation-factor", weight, "numbers from 0 to 1")
         if self.learnable and self.shared_layers:
             raise UserError(
-                "--fope-learnable is given with coefficients shared by all layers; allowed: "
+                "--fope-learnable is given with coefficients shared by all layers; use "
                 "--no-fope-shared-layers (each layer then learns its own)"
             )

@@ -9,10 +9,14 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
+import linecache
 import logging
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_fope import anneal, compat
@@ -32,6 +36,7 @@ from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError, exit_on_user_error
 from megatron_fope.log import announce, is_rank0
 from megatron_fope.report import assert_fope_active, describe, layer_list
+from megatron_fope.run_checks import check_training_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -149,16 +154,19 @@ def _wrap_validate_args(original: Callable) -> Callable:
 
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
         with exit_on_user_error():
+            check_training_numbers(args)
             check_before_megatron(args)
             check_start(args)
             resolve_fope_arguments(args, _config)  # early, so that Megatron prints what is in force
         if args.position_embedding_type != FOPE:
-            return original(args, *rest, **kwargs)
+            with _megatrons_refusals():
+                return original(args, *rest, **kwargs)
         global _validating
         args.position_embedding_type = "rope"
         _validating = args
         try:
-            result = original(args, *rest, **kwargs)
+            with _megatrons_refusals():
+                result = original(args, *rest, **kwargs)
         finally:
             _validating = None
             args.position_embedding_type = FOPE
@@ -168,6 +176,21 @@ def _wrap_validate_args(original: Callable) -> Callable:
         return result
 
     return validate_args
+
+
+@contextmanager
+def _megatrons_refusals() -> Iterator[None]:
+    """Megatron validates with assertions: what it refuses becomes one line, as what FoPE refuses."""
+    try:
+        yield
+    except (AssertionError, ValueError, ZeroDivisionError) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        source = linecache.getlines(frame.filename)[(frame.lineno or 1) - 1 : frame.end_lineno]
+        text = "" if isinstance(error, ZeroDivisionError) else str(error)
+        said = text or " ".join(line.strip() for line in source)
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        with exit_on_user_error():
+            raise UserError(f"Megatron refuses the arguments ({place}): {said}") from None
 
 
 def _wrap_print_args(original: Callable) -> Callable:

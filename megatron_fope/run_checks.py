@@ -1,4 +1,4 @@
-"""What ``plan`` and ``ladder`` refuse of a run before it starts: numbers and layouts that cannot be.
+"""What is refused of a run before it starts: numbers and, by ``plan`` and ``ladder``, layouts that cannot be.
 
 Megatron's parser takes any number, and its own checks come when the processes are running.
 """
@@ -50,6 +50,8 @@ _FROM_ONE = frozenset(
         "eval_micro_batch_size",
         "eval_global_batch_size",
         "seed",
+        "rotary_base",
+        "rotary_seq_len_interpolation_factor",
         "qk_head_dim",
         "qk_pos_emb_head_dim",
         "v_head_dim",
@@ -80,6 +82,7 @@ _BELOW_ONE = frozenset(
     ["hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "sgd_momentum", "lr_warmup_fraction"]
 )
 
+_FINITE = frozenset(("rotary_percent", "rope_scaling_factor", "rotary_scaling_factor"))
 
 _EXCHANGES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 """Values of ``--cp-comm-type``."""
@@ -108,6 +111,29 @@ def check_numbers(parser: argparse.ArgumentParser, args: Any) -> None:
                 continue
             if allowed := _outside(action.dest, number, default):
                 raise UserError(f"{action.option_strings[0]} is {number}; allowed: {allowed}")
+
+
+def check_training_numbers(args: Any) -> None:
+    """Refuse numbers that no training can mean.
+
+    Less than :func:`check_numbers`: a fork's own flags may mean anything, and a run of no iterations is used
+    to evaluate.
+
+    Args:
+        args: Megatron's arguments.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for name in sorted(_FROM_ONE | _POSITIVE | _NOT_NEGATIVE | _BELOW_ONE | _FINITE):
+        value = getattr(args, name, None)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if name in ("train_iters", "lr") and number == 0:
+                continue
+            if allowed := _outside(name, number, 0):
+                raise UserError(f"--{_dashes(name)} is {number}; allowed: {allowed}")
 
 
 def _outside(name: str, number: float, default: Any) -> str:

@@ -69,7 +69,7 @@ SETTINGS = {
     "no frequency left by the ratio": case(
         "--fope-floor-ratio 20", "--fope-train-length is 64", "20 cycle(s)", "at least 126 tokens"
     ),
-    "floor ratio zero": case("--fope-floor-ratio 0", "--fope-floor-ratio is 0.0", "greater than 0"),
+    "floor ratio negative": case("--fope-floor-ratio -1", "--fope-floor-ratio is -1.0", "0 or more"),
     "odd head dimension": case("--kv-channels 15", "--kv-channels", "is 15", "even number >= 4"),
     "head dimension too small": case("--kv-channels 2", "--kv-channels", "is 2", "even number >= 4"),
     "base": case("--rotary-base 1", "--rotary-base is 1.0", "greater than 1"),

@@ -72,6 +72,9 @@ def test_differences_ignore_what_only_fresh_coefficients_need() -> None:
     assert config.differences(other) == {"train_length": (512, 256), "padding": ("1,1", "0,1")}
 
 
+YARN = {"scaling": "yarn", "scaling_factor": 4.0, "original_length": 128}
+
+
 @pytest.mark.parametrize(
     "settings,message",
     [
@@ -82,7 +85,13 @@ def test_differences_ignore_what_only_fresh_coefficients_need() -> None:
         ({"scaling": "clex"}, "--fope-scaling is 'clex'"),
         ({"scaling": "yarn", "scaling_factor": 4.0}, "--fope-original-length is 0"),
         ({"scaling": "linear", "scaling_factor": 0.5}, "--fope-scaling-factor is 0.5"),
-        ({"floor_ratio": 0.0}, "--fope-floor-ratio is 0.0"),
+        ({"floor_ratio": -0.5}, "--fope-floor-ratio is -0.5; allowed: 0 or more"),
+        ({"floor_ratio": 1e39}, "--fope-floor-ratio is 1e+39; allowed: finite numbers that float32 can hold"),
+        ({"rotary_base": 1e39}, "--rotary-base is 1e+39; allowed: finite numbers that float32 can hold"),
+        ({"basis_dim": 10**12}, "--fope-basis-dim is 1000000000000; allowed: even numbers from 0 to 65536"),
+        (YARN | {"yarn_beta_slow": 0.0}, "--fope-yarn-beta-slow is 0.0; allowed: greater than 0"),
+        (YARN | {"yarn_beta_fast": 0.5}, "--fope-yarn-beta-fast is 0.5; allowed: at least the 1"),
+        (YARN | {"yarn_extrapolation_factor": -1.0}, "--fope-yarn-extrapolation-factor is -1.0"),
         ({"seed": -1}, "--fope-seed is -1"),
         ({"learnable": True, "shared_layers": True}, "--no-fope-shared-layers"),
     ],

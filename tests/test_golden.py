@@ -9,6 +9,7 @@ frequencies, other frequency distributions) is not implemented and is listed as 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -140,6 +141,15 @@ def test_rotation(case: Case) -> None:
         torch.testing.assert_close(out.detach().float(), case[f"{name}_out"], rtol=0, atol=atol)
         outputs.append((name, x, out))
     check_gradients(case, outputs, learnable, suffix="", atol=atol)
+
+
+@pytest.mark.parametrize("case", [p for p in cases("rope") if "noclamp" in p.id])
+def test_a_floor_ratio_of_zero_clips_nothing(case: Case) -> None:
+    """As no clamp at all, in the published code and here."""
+    config = dataclasses.replace(fope_config(case), clip=True, floor_ratio=0.0)
+    head_dim = case.config["head_dim"]
+    torch.testing.assert_close(config.inv_freq(head_dim), case["inv_freq"], rtol=3e-7, atol=0)
+    assert (config.d_out(head_dim), config.num_clipped(head_dim)) == (case.config["d_out"], 0)
 
 
 @pytest.mark.parametrize("case", [p for p in cases("rope") if "q_out_f64" in p.values[0]])
