@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from bad_numbers import MEGATRON, NUMBERS
 
 from megatron_fope import cli, compat
 from megatron_fope.errors import UserError
@@ -257,6 +258,8 @@ CASES = {
         "host": HOST_FLAGS,
         "load": LOADING,
         "evaluate": EVALUATION,
+        "number": {flags: case(flags, start) for flags, start in NUMBERS.items()},
+        "Megatron": {flags: case(flags, start) for flags, start in MEGATRON.items()},
     }.items()
     for name, one in cases.items()
 }
@@ -265,6 +268,8 @@ ACCEPTED = {
     "shortest train length": [*FOPE, "--fope-train-length", "7"],
     "documents without context parallelism": [*FOPE, "--dataloader-inter-document-masking"],
     "no flag of FoPE": ROPE,
+    "no clipping": [*FOPE, "--fope-floor-ratio", "0"],
+    "largest seed": [*FOPE, "--seed", str(2**32 - 1), "--fope-seed", str(2**63 - 1)],
     "its own checkpoint": [*FOPE, "--load", "{folder}/paper"],
     "its own checkpoint, heads as groups": [
         *(*FOPE, "--load", "{folder}/paper", "--group-query-attention", "--num-query-groups", "4")
@@ -302,7 +307,7 @@ def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
         input=request.replace("{folder}", str(folder)),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     return json.loads(run.stdout.splitlines()[-1])
