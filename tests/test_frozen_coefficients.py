@@ -6,6 +6,7 @@ unchanged, before ``create_bwd_graph`` captures the backward pass.
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -139,3 +140,29 @@ def test_a_write_outside_of_graphs_makes_new_tables() -> None:
     first.sin_coef.mul_(2)
     assert not torch.equal(gradients(first, written=False)[0], before)
     assert torch.equal(gradients(second, written=False)[0], before)
+
+
+def test_threads_share_tables_without_harm() -> None:
+    """Bases come and go in all of them; a graph's tables stay."""
+    (module,) = shared_layers(1)
+    generator = torch.Generator().manual_seed(1)
+    coefficients = tuple(torch.randn(2, 3, 3, generator=generator) for _ in range(2))
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for number in range(400):
+                bases = (torch.full((2, 3), number), torch.full((2, 3), number))
+                for _ in range(3):
+                    found = launch._TABLES.get(bases, coefficients, build=lambda bases=bases: bases)
+                    assert torch.equal(found[0], bases[0])
+        except BaseException as error:
+            failures.append(error)
+
+    gradients(module, written=False)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and len(launch._TABLES) <= 4

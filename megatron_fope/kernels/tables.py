@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class TableCache:
     def __init__(self, size: int = 4) -> None:
         self._size = size
         self._entries: list[_Entry] = []
+        self._lock = threading.RLock()  # a basis may die, and call _forget, anywhere
 
     def get(self, bases: Pair, coefficients: Pair, *settings: Any, build: Callable[[], Pair]) -> Pair:
         """The tables of these tensors and settings.
@@ -51,23 +53,25 @@ class TableCache:
         # Another stream might read the tables before they are made. A capture starts synchronized.
         stream = None if capturing else _stream(bases[0].device)
         key = (*settings, *map(_identity, coefficients), *(t._version for t in bases))
-        for entry in self._entries:
-            known = all(ref() is basis for ref, basis in zip(entry.bases, bases, strict=True))
-            if known and entry.key[1:] == key and (capturing or entry.key[0] == stream):
-                entry.pinned |= capturing
-                self._entries.remove(entry)
-                self._entries.append(entry)
-                return entry.tables
+        with self._lock:
+            for entry in self._entries:
+                known = all(ref() is basis for ref, basis in zip(entry.bases, bases, strict=True))
+                if known and entry.key[1:] == key and (capturing or entry.key[0] == stream):
+                    entry.pinned |= capturing
+                    self._entries = [*(e for e in self._entries if e is not entry), entry]
+                    return entry.tables
         tables = build()
         if not capturing:
             refs = tuple(weakref.ref(basis, self._forget) for basis in bases)
-            self._entries.append(_Entry(refs, coefficients, (stream, *key), tables))
-            while sum(not entry.pinned for entry in self._entries) > self._size:
-                self._entries.remove(next(entry for entry in self._entries if not entry.pinned))
+            with self._lock:
+                self._entries = [*self._entries, _Entry(refs, coefficients, (stream, *key), tables)]
+                recent = [entry for entry in self._entries if not entry.pinned][-self._size :]
+                self._entries = [e for e in self._entries if e.pinned or e in recent]
         return tables
 
     def _forget(self, dead: weakref.ref[Tensor]) -> None:
-        self._entries = [e for e in self._entries if e.pinned or not any(ref is dead for ref in e.bases)]
+        with self._lock:
+            self._entries = [e for e in self._entries if e.pinned or not any(ref is dead for ref in e.bases)]
 
     def __len__(self) -> int:
         return len(self._entries)
