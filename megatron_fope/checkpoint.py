@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,72 +16,19 @@ TRACKER = "latest_checkpointed_iteration.txt"
 _COEFFICIENT = re.compile(r"\.fope\.(sin|cos|fourier)_coef$")
 
 
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """One iteration of a checkpoint folder."""
-
-    folder: Path
-    """What ``--load`` takes."""
-    iteration: int | str
-    """Number, or "release"."""
-    args: Any
-    """Megatron's arguments as stored (``argparse.Namespace``)."""
-
-    @property
-    def position_embedding_type(self) -> str:
-        """``rope``, ``fope`` or another of Megatron's types."""
-        return getattr(self.args, "position_embedding_type", "learned_absolute")
-
-    @property
-    def train_length(self) -> int:
-        """Sequence length of the training, in tokens; FoPE's own train length where there is one."""
-        return getattr(self.args, "fope_train_length", None) or self.args.seq_length
-
-
-def read_checkpoint(folder: str | Path) -> CheckpointInfo:
-    """Read the arguments stored with a checkpoint (``torch_dist`` and legacy ``torch`` format).
-
-    Unpickling is restricted to the classes that Megatron itself allows.
-
-    Args:
-        folder: the folder given to Megatron's ``--save``.
-
-    Raises:
-        UserError: no checkpoint there, or one without arguments.
-    """
-    folder = Path(folder)
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        raise UserError(
-            f"--checkpoint is {str(folder)!r}: no {TRACKER} there; allowed: a folder made by --save"
-        )
-    word = tracker.read_text().strip()
-    if word != "release" and not word.isdecimal():
-        raise UserError(
-            f"--checkpoint is {str(folder)!r}: {TRACKER} says {word[:40]!r}; allowed: a number or 'release'"
-        )
-    step = word if word == "release" else int(word)
-    iteration = folder / iteration_folder(step)
-    try:
-        args = _stored_state(iteration).get("args")
-    except load_errors() as error:
-        damage = None if isinstance(error, UserError) else find_damage(folder, step)
-        if damage is None:
-            raise
-        raise UserError(f"--checkpoint is {str(folder)!r}: {damage} ({describe_error(error)})") from error
-    if args is None:
-        raise UserError(f"--checkpoint is {str(folder)!r}: it stores no arguments; allowed: one that does")
-    return CheckpointInfo(folder, step, args)
-
-
-def read_stored_args(folder: str | Path, step: int | str) -> Any | None:
-    """The arguments stored with one iteration, or None if it stores none.
+def read_legacy_args(folder: str | Path, step: int | str) -> Any | None:
+    """The arguments that rank 0 stored with one iteration in the legacy format, or None if it stored none.
 
     Args:
         folder: the folder given to ``--save``.
         step: number of the iteration, or "release".
     """
-    return _stored_state(Path(folder) / iteration_folder(step)).get("args")
+    import torch
+    from megatron.core.safe_globals import register_safe_globals
+
+    register_safe_globals()
+    file = min((Path(folder) / iteration_folder(step)).glob("mp_rank_00*/model_optim_rng.pt"))
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("args")
 
 
 def tracked_iteration(folder: str | Path) -> int | str | None:
@@ -95,7 +40,10 @@ def tracked_iteration(folder: str | Path) -> int | str | None:
     tracker = Path(folder) / TRACKER
     if not tracker.is_file():
         return None
-    word = tracker.read_text(errors="replace").strip()
+    try:
+        word = tracker.read_text(errors="replace").strip()
+    except OSError as error:
+        raise UserError(f"{tracker} cannot be read ({error.strerror or error})") from None
     if word == "release":
         return word
     if word.isdecimal():
@@ -253,20 +201,3 @@ def _iterations(folder: Path) -> list[tuple[int, str]]:
 def iteration_folder(step: int | str) -> str:
     """Name of the folder of an iteration, or "release"."""
     return step if isinstance(step, str) else f"iter_{step:07d}"
-
-
-def _stored_state(iteration: Path) -> dict[str, Any]:
-    from megatron.core import dist_checkpointing
-
-    if dist_checkpointing.check_is_distributed_checkpoint(str(iteration)):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
-            return dist_checkpointing.load_common_state_dict(str(iteration))
-    import torch
-    from megatron.core.safe_globals import register_safe_globals
-
-    files = sorted(iteration.glob("mp_rank_00*/model_optim_rng.pt"))
-    if not files:
-        raise UserError(f"--checkpoint: {iteration} holds neither a torch_dist nor a legacy torch checkpoint")
-    register_safe_globals()
-    return torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)

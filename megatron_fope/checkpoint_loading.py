@@ -23,7 +23,7 @@ from megatron_fope.checkpoint import (
     is_legacy,
     load_errors,
     newer_than,
-    read_stored_args,
+    read_legacy_args,
     tracked_iteration,
 )
 from megatron_fope.checkpoint_arguments import (
@@ -196,7 +196,7 @@ def _check_files(load_dir: Any, step: int | str, keys: list[str], args: Any) -> 
         )
     _refuse_damage(load_dir, step, keys)
     if is_legacy(load_dir, step):
-        stored = read_stored_args(load_dir, step)
+        stored = read_legacy_args(load_dir, step)
         if stored is not None:
             check_legacy_layout(args, stored, load_dir)
         sizes = args.tensor_model_parallel_size, args.pipeline_model_parallel_size

@@ -202,14 +202,14 @@ def test_the_legacy_format_keeps_its_layout(
 
 
 def test_evaluation_names_the_damage(trainer: Trainer, whole: Run) -> None:
-    from megatron_fope.checkpoint import read_checkpoint
+    from megatron_fope.conversion.source import open_checkpoint
     from megatron_fope.errors import UserError
 
     folder = trainer.folder / "damaged" / "evaluation"
     shutil.copytree(whole.folder, folder)
     remove(DATA)(folder)
-    with pytest.raises(UserError, match=r"--checkpoint is .*__0_0.distcp is missing; restore it"):
-        read_checkpoint(folder)
+    with pytest.raises(UserError, match=r"--checkpoint is .*__0_0.distcp is missing"):
+        open_checkpoint(folder, name="--checkpoint")
 
 
 LAYOUTS = {

@@ -364,10 +364,12 @@ def test_bad_evaluation(
     flags: str, line: str, text: str, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line, before any process starts."""
-    from megatron_fope.checkpoint import CheckpointInfo
+    from megatron_fope.conversion.source import Checkpoint
 
     monkeypatch.setattr(
-        launching, "read_checkpoint", lambda folder: CheckpointInfo(folder, 1, SimpleNamespace(**STORED))
+        launching,
+        "open_checkpoint",
+        lambda folder, name: Checkpoint(folder, 1, folder, {}, {"args": SimpleNamespace(**STORED)}),
     )
     monkeypatch.setattr(launching, "_launch", lambda *_: pytest.fail("a process was started"))
     argv = f"--cpu evaluate-retrieval --checkpoint a/c --data-path {text} {flags}"

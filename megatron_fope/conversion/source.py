@@ -6,7 +6,9 @@ import argparse
 import io
 import json
 import os
+import pickle
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ COMMON_FILE = "common.pt"
 COMMON_ENTRY = "common_state/shard_0_1"
 """Entry of the table of contents that replaced the file in 0.19: a list with the same dictionary."""
 
+_NUMPY = ("numpy.core.multiarray.", "numpy._core.multiarray.")
+
 _OPTIMIZER = re.compile(r"(^|\.)optimizer\.")
 
 
@@ -58,6 +62,11 @@ class Checkpoint:
     @property
     def position_embedding_type(self) -> str:
         return getattr(self.args, "position_embedding_type", "learned_absolute")
+
+    @property
+    def train_length(self) -> int:
+        """Sequence length of the training, in tokens; FoPE's own train length where there is one."""
+        return getattr(self.args, "fope_train_length", None) or self.args.seq_length
 
     @property
     def format(self) -> str:
@@ -93,19 +102,77 @@ class Checkpoint:
         """A whole tensor, on the CPU; its parts are put together.
 
         Raises:
-            UserError: a part cannot be read, because its file is damaged.
+            UserError: a part is missing or cannot be read, because its file is damaged.
         """
         entry = self.tensors[name]
+        places = {tuple(i.offset or ()): s for i, s in self.metadata.storage_data.items() if i.fqn == name}
         value = torch.empty(entry.size, dtype=entry.properties.dtype)
-        for index, storage in self.metadata.storage_data.items():
-            if index.fqn == name:
-                try:
-                    part = inert.load(_read_range(self.path, storage))
-                except Exception as error:
-                    file = self.path / storage.relative_path
-                    raise UserError(f"{file}: {name} cannot be read ({describe_error(error)})") from None
-                value[tuple(slice(o, o + n) for o, n in zip(index.offset, part.shape, strict=True))] = part
+        count = 0
+        for chunk in entry.chunks:
+            place = places.get(tuple(chunk.offsets))
+            try:
+                part = None if place is None else inert.load(_read_range(self.path, place))
+                if part is not None and (part.shape != chunk.sizes or part.dtype != value.dtype):
+                    raise ValueError(f"{list(part.shape)} {part.dtype} is not what the table says")
+            except Exception as error:
+                file = self.path / place.relative_path
+                raise UserError(f"{file}: {name} cannot be read ({describe_error(error)})") from None
+            if part is not None:
+                value[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = part
+                count += part.numel()
+        if count < value.numel():
+            raise UserError(f"{self.path} has only a part of {name}")
         return value
+
+    def check_classes(self, name: str) -> None:
+        """Refuse a checkpoint of which Megatron, when it loads the model, would unpickle anything but data.
+
+        Looks into every pickle there is: arguments, what else is no tensor, and in it the extra states of
+        Transformer Engine's layers. Nothing of it runs. Megatron must be installed, whose list of classes
+        counts.
+
+        Args:
+            name: how messages name the folder.
+
+        Raises:
+            UserError: naming the class.
+        """
+        from megatron.core.safe_globals import register_safe_globals
+
+        register_safe_globals()
+        for where, file in self._pickles():
+            try:
+                for foreign in inert.foreign_classes(file):
+                    if not foreign.startswith(_NUMPY):  # random states of another numpy, which are not loaded
+                        raise pickle.UnpicklingError(f"{foreign} has no place in a checkpoint")
+                if "_extra_state" in where:
+                    inert.check_extra_state(inert.load(file))
+                elif self.metadata is None:
+                    inert.check_extra_state(_legacy_extra_states(inert.load(file, mapped=True)))
+            except Exception as error:
+                reason = describe_error(error)
+                asked = [
+                    c for c in inert.asked_classes(file) if c not in reason and not c.startswith("torch.")
+                ]
+                raise UserError(
+                    f"{name} is {str(self.folder)!r}: {where} is refused, and nothing of it was run ({reason}"
+                    + (f"; it asks for {asked[0]})" if asked else ")")
+                ) from None
+
+    def _pickles(self) -> Iterator[tuple[str, Any]]:
+        """Everything that is no tensor: a name for messages, and a path or stream."""
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+        if self.metadata is None:
+            yield from (
+                (str(file), str(file)) for file in sorted(self.path.glob("mp_rank_*/model_optim_rng.pt"))
+            )
+            return
+        if (self.path / COMMON_FILE).exists():
+            yield str(self.path / COMMON_FILE), str(self.path / COMMON_FILE)
+        for index, place in self.metadata.storage_data.items():
+            if isinstance(self.metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+                yield f"{index.fqn} in {self.path / place.relative_path}", _read_range(self.path, place)
 
 
 def open_checkpoint(folder: str | Path, iteration: int | str | None = None, *, name: str) -> Checkpoint:
@@ -141,12 +208,16 @@ def open_checkpoint(folder: str | Path, iteration: int | str | None = None, *, n
         raise refuse(problem)
     try:
         backend = json.loads((path / "metadata.json").read_text())["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise refuse(f"{path / 'metadata.json'} cannot be read ({describe_error(error)})") from None
     if backend != "torch_dist":
         raise refuse(f"its format is {backend}; allowed: torch_dist")
     metadata = read_metadata(path)
-    return Checkpoint(folder, iteration, path, metadata, _read_common(path, metadata, refuse))
+    checkpoint = Checkpoint(folder, iteration, path, metadata, _read_common(path, metadata, refuse))
+    missing = _missing_coefficient(checkpoint)
+    if missing is not None:
+        raise refuse(f"{path} has no {missing}")
+    return checkpoint
 
 
 def is_optimizer(name: str) -> bool:
@@ -161,6 +232,25 @@ def _latest(folder: Path, refuse: Any) -> int | str:
     if latest is None:
         raise refuse("no latest_checkpointed_iteration.txt there; allowed: a folder made by --save")
     return latest
+
+
+def _missing_coefficient(checkpoint: Checkpoint) -> str | None:
+    """The name of a coefficient that some layer lacks; what all layers of a kind have, every one must."""
+    if checkpoint.position_embedding_type != "fope":
+        return None
+    stored = getattr(checkpoint.args, "fope_separate_basis", None)
+    leaves = ("fourier_coef",) if stored is False else ("sin_coef", "cos_coef")
+    names = checkpoint.coefficients.keys()
+    layers = {name.rpartition(".")[0] for name in names} or {"...fope"}
+    return next(
+        (f"{x}.{leaf}" for x in sorted(layers) for leaf in leaves if f"{x}.{leaf}" not in names), None
+    )
+
+
+def _legacy_extra_states(state: dict[str, Any]) -> list[Any]:
+    """Of the model on one rank, in one part or one for every virtual stage."""
+    parts = [value for key, value in state.items() if key.startswith("model") and isinstance(value, dict)]
+    return [value for part in parts for key, value in part.items() if "_extra_state" in key]
 
 
 def _read_common(path: Path, metadata: Any, refuse: Any) -> dict[str, Any]:

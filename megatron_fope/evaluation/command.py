@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from megatron_fope.command_line import whole
 from megatron_fope.errors import UserError
 from megatron_fope.evaluation import launching
 from megatron_fope.evaluation.launching import Layout
+from megatron_fope.evaluation.tokens import DATA_FILES, check_data, check_vocabulary, read_tokens
 
 _LENGTHS = "whole numbers >= 2, separated by commas"
 
@@ -62,9 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
         lengths=None if lengths is None else launching.parse_list("--lengths", lengths, int, _LENGTHS),
         num_tokens=arguments.tokens,
         by_position=arguments.by_position,
+        on_result=_print_row,
         **options,
     )
-    print(table(results))
+    print(f"\n{table(results)}")
     if arguments.by_position:
         print(f"\n{position_table(results)}")
     return 0
@@ -85,6 +88,7 @@ def evaluate_perplexity(
     csv_file: str | Path | None = None,
     picture: str | Path | None = None,
     title: str = "Perplexity by context length",
+    on_result: Callable[[dict[str, Any], str], None] | None = None,
 ) -> dict[str, Any]:
     """Perplexity of checkpoints over context lengths; each runs in processes of its own.
 
@@ -98,10 +102,11 @@ def evaluate_perplexity(
         layout: parallel sizes; None: the checkpoint's TP and PP.
         cpu: run on the CPU with gloo.
         megatron_flags: further flags for Megatron.
-        output: JSON file to write.
-        csv_file: CSV file to write: a row per checkpoint, length and range of positions.
+        output: JSON file to write, after every checkpoint with those that are done.
+        csv_file: CSV file to write, likewise: a row per checkpoint, length and range of positions.
         picture: PNG file to draw.
         title: the picture's title.
+        on_result: called when a checkpoint is done, with the report so far and the checkpoint's label.
 
     Returns:
         ``{"data_path", "tokens", "version", "checkpoints": {label: {"folder", "iteration",
@@ -114,7 +119,7 @@ def evaluate_perplexity(
     """
     if lengths is not None and (not lengths or min(lengths) < 2):
         raise UserError(f"--lengths is {lengths}; allowed: {_LENGTHS}")
-    launching.check_data(data_path)
+    check_data(data_path)
     if picture is not None:
         from megatron_fope.evaluation import plot
 
@@ -127,6 +132,24 @@ def evaluate_perplexity(
         raise UserError(f"--tokens is {num_tokens}; allowed: at least the longest length, {max(lengths)}")
     if by_position is not None and not 1 <= by_position <= min(lengths):
         raise UserError(f"--by-position is {by_position}; allowed: 1 to the shortest length, {min(lengths)}")
+    outputs = {"--output": output, "--csv": csv_file, "--picture": picture}
+    launching.check_outputs(outputs, [*(f"{data_path}.{end}" for end in DATA_FILES), *checkpoints.values()])
+    tokens = read_tokens(data_path, num_tokens + 1)
+    if len(tokens) <= max(lengths):
+        raise UserError(
+            f"--data-path is {str(data_path)!r}: it holds {len(tokens)} tokens; allowed: more than the "
+            f"longest length, {max(lengths)}"
+        )
+    check_vocabulary(data_path, tokens, infos.values())
+
+    def finished(report: dict[str, Any], label: str) -> None:
+        if output is not None:
+            launching.write_json(report, output)
+        if csv_file is not None:
+            launching.write_csv(_csv_rows(report), csv_file)
+        if on_result is not None:
+            on_result(report, label)
+
     request = {
         "kind": "perplexity",
         "data_path": str(data_path),
@@ -142,14 +165,19 @@ def evaluate_perplexity(
         layout or Layout(),
         cpu,
         megatron_flags or [],
+        tokens=len(lengths) * (len(tokens) - 1),
+        finished=finished,
     )
-    if output is not None:
-        launching.write_json(report, output)
-    if csv_file is not None:
-        launching.write_csv(_csv_rows(report), csv_file)
     if picture is not None:
         plot.draw(report, picture, title)
     return report
+
+
+def _print_row(report: dict[str, Any], label: str) -> None:
+    """A checkpoint's numbers as soon as they are there: what comes later may fail."""
+    results = report["checkpoints"][label]["results"]
+    numbers = ", ".join(f"{row['perplexity']:.2f} at {row['length']}" for row in results)
+    print(f"{label}: perplexity {numbers} tokens", flush=True)
 
 
 def table(report: dict[str, Any]) -> str:

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import logging
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from megatron_fope import __version__
-from megatron_fope.checkpoint import CheckpointInfo, read_checkpoint
+from megatron_fope.checkpoint import find_missing_legacy_file
 from megatron_fope.command_line import whole
+from megatron_fope.conversion.source import Checkpoint, open_checkpoint
 from megatron_fope.errors import UserError
+from megatron_fope.evaluation.progress import tokens_done
+from megatron_fope.staging import check_output_file, write_text
 
 logger = logging.getLogger(__name__)
+
+_WORKER = "megatron_fope.evaluation.worker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +46,7 @@ class Layout:
     pipeline: int | None = None
     context: int = 1
 
-    def sizes(self, info: CheckpointInfo) -> tuple[int, int, int]:
+    def sizes(self, info: Checkpoint) -> tuple[int, int, int]:
         """Tensor-, pipeline- and context-parallel size for one checkpoint.
 
         Raises:
@@ -67,7 +76,19 @@ class Layout:
             )
         return tensor, pipeline, context
 
-    def check_lengths(self, lengths: Iterable[int], info: CheckpointInfo) -> None:
+    def check_files(self, info: Checkpoint) -> None:
+        """Refuse a checkpoint in a format of files by rank from which one is missing.
+
+        Raises:
+            UserError: naming the file.
+        """
+        if info.metadata is None:
+            tensor, pipeline, _ = self.sizes(info)
+            missing = find_missing_legacy_file(info.folder, info.iteration, tensor, pipeline)
+            if missing is not None:
+                raise UserError(f"--checkpoint is {str(info.folder)!r}: {missing}")
+
+    def check_lengths(self, lengths: Iterable[int], info: Checkpoint) -> None:
         """Refuse lengths that context or sequence parallelism cannot cut.
 
         Raises:
@@ -163,24 +184,41 @@ def parse_list(flag: str, text: str, number: Callable[[str], Any], allowed: str)
         raise UserError(f"{flag} is {text!r}; allowed: {allowed}") from None
 
 
-def check_data(data_path: str | Path) -> None:
-    """Refuse data that is not there.
+def check_outputs(outputs: dict[str, str | Path | None], inputs: Iterable[str | Path]) -> None:
+    """Refuse files that cannot be written, before the evaluation whose results they shall hold.
+
+    Args:
+        outputs: by flag; None: not asked for.
+        inputs: files and folders that are read, which no result may replace.
 
     Raises:
-        UserError: a file of it is missing.
+        UserError: naming the flag.
     """
-    for suffix in (".bin", ".idx"):
-        if not Path(f"{data_path}{suffix}").is_file():
-            raise UserError(f"--data-path is {str(data_path)!r}: {data_path}{suffix} does not exist")
+    seen: dict[Path, str] = {}
+    read = [Path(path).resolve() for path in inputs]
+    for flag, path in outputs.items():
+        if path is None:
+            continue
+        place = Path(path).resolve()
+        for one in read:
+            if one == place or (one.is_dir() and one in place.parents):
+                raise UserError(f"{flag} is {str(path)!r}, which this evaluation reads; use another file")
+        if place in seen and place.is_file() | (not place.exists()):
+            raise UserError(f"{flag} and {seen[place]} are both {str(path)!r}; use different files")
+        seen[place] = flag
+        check_output_file(flag, path)
 
 
 def evaluate_all(
     request: dict[str, Any],
     settings: dict[str, Any],
-    checkpoints: dict[str, CheckpointInfo],
+    checkpoints: dict[str, Checkpoint],
     layout: Layout,
     cpu: bool,
     megatron_flags: list[str],
+    *,
+    tokens: int,
+    finished: Callable[[dict[str, Any], str], None],
 ) -> dict[str, Any]:
     """Run the worker for one checkpoint after another.
 
@@ -191,6 +229,9 @@ def evaluate_all(
         layout: the ranks of each.
         cpu: run on the CPU with gloo.
         megatron_flags: further flags for Megatron.
+        tokens: that go through each model, for the progress bar.
+        finished: called with the report so far and the label of the checkpoint that it has got; what it
+            writes stays when a later checkpoint fails.
 
     Returns:
         The settings with ``version`` and ``checkpoints``: for every label ``folder``, ``iteration``,
@@ -202,43 +243,58 @@ def evaluate_all(
     report = settings | {"version": __version__, "checkpoints": {}}
     for info in checkpoints.values():
         layout.check_lengths(request["lengths"], info)
+        layout.check_files(info)
+    for info in checkpoints.values():
+        info.check_classes("--checkpoint")
     for label, info in checkpoints.items():
         logger.info("evaluating %s at %s tokens", info.folder, ", ".join(map(str, request["lengths"])))
         flags = [*_megatron_flags(info, layout, cpu), *megatron_flags]
         own = {"checkpoint": str(info.folder), "cpu": cpu, "megatron_flags": flags}
         tensor, pipeline, context = layout.sizes(info)
+        with tqdm(
+            total=tokens, unit=" tokens", unit_scale=True, desc=label, disable=None, leave=False
+        ) as bar:
+            results = _launch(request | own, tensor * pipeline * context, bar)
         report["checkpoints"][label] = {
             "folder": str(info.folder),
             "iteration": info.iteration,
             "position_embedding_type": info.position_embedding_type,
             "train_length": info.train_length,
-            "results": _launch(request | own, tensor * pipeline * context),
+            "results": results,
         }
+        finished(report, label)
     return report
 
 
-def read_checkpoints(checkpoints: dict[str, str | Path]) -> dict[str, CheckpointInfo]:
+def read_checkpoints(checkpoints: dict[str, str | Path]) -> dict[str, Checkpoint]:
     """What every checkpoint says about itself, by label.
 
     Raises:
         UserError: one of them is none.
     """
-    return {label: read_checkpoint(folder) for label, folder in checkpoints.items()}
+    return {label: open_checkpoint(folder, name="--checkpoint") for label, folder in checkpoints.items()}
 
 
 def write_json(report: dict[str, Any], path: str | Path) -> None:
-    """Write a report."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(report, indent=2) + "\n")
+    """Write a report.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_text(path, json.dumps(report, indent=2) + "\n")
 
 
 def write_csv(rows: list[dict[str, Any]], path: str | Path) -> None:
-    """Write rows that have the same keys."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with Path(path).open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    """Write rows that have the same keys.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def identity(label: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -247,7 +303,7 @@ def identity(label: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {"checkpoint": label} | {key: checkpoint[key] for key in keys}
 
 
-def _megatron_flags(info: CheckpointInfo, layout: Layout, cpu: bool) -> list[str]:
+def _megatron_flags(info: Checkpoint, layout: Layout, cpu: bool) -> list[str]:
     """How to run a checkpoint's model; what the model is, the worker takes from the checkpoint itself."""
     stored = info.args
     tensor, pipeline, context = layout.sizes(info)
@@ -266,25 +322,46 @@ def _megatron_flags(info: CheckpointInfo, layout: Layout, cpu: bool) -> list[str
     return flags
 
 
-def _launch(request: dict[str, Any], num_ranks: int) -> list[dict[str, Any]]:
-    """Run the worker on a number of ranks."""
-    with tempfile.TemporaryDirectory() as folder:
-        request_file, result_file = Path(folder) / "request.json", Path(folder) / "result.json"
-        request_file.write_text(json.dumps(request))
+def _launch(request: dict[str, Any], num_ranks: int, bar: Any) -> list[dict[str, Any]]:
+    """Run the worker on a number of ranks; they end when this process is interrupted or terminated."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "request.json").write_text(json.dumps(request))
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(num_ranks)),
-            *("-m", "megatron_fope.evaluation.worker", str(request_file), str(result_file)),
+            *("--nproc-per-node", str(num_ranks), "-m", _WORKER),
+            *(str(folder / "request.json"), str(folder / "result.json")),
         ]
-        environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} | os.environ
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode or not result_file.is_file():
-            own = [line for line in done.stderr.splitlines() if line.startswith("megatron-fope: error: ")]
-            if own:
-                raise UserError(own[0].removeprefix("megatron-fope: error: "))
-            sys.stderr.write(done.stdout[-2000:] + done.stderr[-6000:])
-            raise UserError(f"the evaluation of {request['checkpoint']} failed; its last output is above")
-        return json.loads(result_file.read_text())
+        # Whatever Megatron loads, PyTorch unpickles only what check_classes has let through.
+        own = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
+        environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} | os.environ | own
+        with open(folder / "output", "wb") as output, open(folder / "errors", "wb") as errors:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=errors)
+            try:
+                while process.poll() is None:
+                    time.sleep(0.1)
+                    bar.update(min(tokens_done(folder / "progress"), bar.total) - bar.n)
+            except BaseException:
+                _stop(process)
+                raise
+        if process.returncode == 0 and (folder / "result.json").is_file():
+            return json.loads((folder / "result.json").read_text())
+        bar.close()
+        said, wrong = ((folder / file).read_text(errors="replace") for file in ("output", "errors"))
+        refusals = [line for line in wrong.splitlines() if line.startswith("megatron-fope: error: ")]
+        if refusals:
+            raise UserError(refusals[0].removeprefix("megatron-fope: error: "))
+        sys.stderr.write(said[-2000:] + wrong[-6000:])
+        raise UserError(f"the evaluation of {request['checkpoint']} failed; its last output is above")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End torchrun, which ends its ranks: they would keep the GPUs otherwise."""
+    process.terminate()
+    try:
+        process.wait(40)  # torchrun gives its ranks 30 s
+    finally:
+        process.kill()
 
 
 def _label(text: str) -> tuple[str, str]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
+from megatron_fope.evaluation.progress import counted
+
 _MODEL_GROUPS = (
     "transformer configuration",
     "network size",
@@ -50,11 +52,11 @@ def load_model(checkpoint: str) -> list[Any]:
     from megatron.training.training import get_model
 
     from megatron_fope import compat
-    from megatron_fope.checkpoint import read_checkpoint
+    from megatron_fope.conversion.source import open_checkpoint
     from megatron_fope.model import embedding_ranks, model_provider
 
     compat.repair_checkpoint_metadata_reader()
-    stored = read_checkpoint(checkpoint).args
+    stored = open_checkpoint(checkpoint, name="--checkpoint").args
     compat.initialize_megatron(partial(_adopt, stored), get_embedding_ranks=embedding_ranks)
     model = get_model(model_provider, wrap_with_ddp=False)
     load_checkpoint(model, None, None)
@@ -122,7 +124,7 @@ def sum_over_batches(
     with torch.no_grad():
         reports = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, reduce),
-            data_iterator=list(itertools.tee(batches, len(model))),
+            data_iterator=list(itertools.tee(counted(batches), len(model))),
             model=model,
             num_microbatches=count,
             seq_length=length,

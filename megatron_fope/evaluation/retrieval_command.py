@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_fope.checkpoint import CheckpointInfo
 from megatron_fope.command_line import number, whole
+from megatron_fope.conversion.source import Checkpoint
 from megatron_fope.data import read_sidecar
 from megatron_fope.errors import UserError
 from megatron_fope.evaluation import launching
 from megatron_fope.evaluation.launching import Layout
 from megatron_fope.evaluation.retrieval import TASKS, Task
+from megatron_fope.evaluation.tokens import DATA_FILES, check_data, check_vocabulary, read_tokens, vocabulary
 
 _LENGTHS = "whole numbers, separated by commas"
 _DEPTHS = "numbers from 0 to 1, separated by commas"
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     options = launching.common_options(arguments)
     lengths = arguments.lengths
-    report = evaluate_retrieval(
+    evaluate_retrieval(
         options.pop("checkpoints"),
         arguments.data_path,
         task=arguments.task,
@@ -96,9 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
         pair_fraction=arguments.pair_fraction,
         tokenizer=arguments.tokenizer,
         marker=arguments.marker,
+        on_result=_print_table,
         **options,
     )
-    print(table(report))
     return 0
 
 
@@ -126,6 +127,7 @@ def evaluate_retrieval(
     csv_file: str | Path | None = None,
     picture: str | Path | None = None,
     title: str = "Retrieval",
+    on_result: Callable[[dict[str, Any], str], None] | None = None,
 ) -> dict[str, Any]:
     """Accuracy of checkpoints at lengths and depths; each runs in processes of its own.
 
@@ -150,10 +152,11 @@ def evaluate_retrieval(
         layout: parallel sizes; None: the checkpoint's TP and PP.
         cpu: run on the CPU with gloo.
         megatron_flags: further flags for Megatron.
-        output: JSON file to write.
-        csv_file: CSV file to write: a row per checkpoint, length and depth, with all settings.
+        output: JSON file to write, after every checkpoint with those that are done.
+        csv_file: CSV file to write, likewise: a row per checkpoint, length and depth, with all settings.
         picture: PNG file with a heat map per checkpoint.
         title: the picture's title.
+        on_result: called when a checkpoint is done, with the report so far and the checkpoint's label.
 
     Returns:
         ``{"task", "data_path", "seed", ..., "version", "checkpoints": {label: {"folder", "iteration",
@@ -166,7 +169,7 @@ def evaluate_retrieval(
     """
     depths = list(depths)
     _check(lengths, depths, samples, key_tokens, value_tokens, pair_fraction)
-    launching.check_data(data_path)
+    check_data(data_path)
     if picture is not None:
         from megatron_fope.evaluation import plot
 
@@ -185,6 +188,12 @@ def evaluate_retrieval(
         )
     for info in infos.values():
         _check_vocabulary(asked, info)
+    outputs = {"--output": output, "--csv": csv_file, "--picture": picture}
+    prefixes = {str(data_path), text}
+    files = [f"{prefix}.{end}" for prefix in prefixes for end in DATA_FILES]
+    launching.check_outputs(outputs, [*files, *checkpoints.values()])
+    for prefix in prefixes:
+        check_vocabulary(prefix, read_tokens(prefix, _TEXT_TOKENS), infos.values())
     settings = {
         "task": asked.name,
         "data_path": str(data_path),
@@ -205,19 +214,39 @@ def evaluate_retrieval(
         "samples": samples,
         "tokens_per_batch": tokens_per_batch,
     }
-    report = launching.evaluate_all(request, settings, infos, layout or Layout(), cpu, megatron_flags or [])
-    if output is not None:
-        launching.write_json(report, output)
-    if csv_file is not None:
-        rows = [
-            launching.identity(label, checkpoint) | settings | row
-            for label, checkpoint in report["checkpoints"].items()
-            for row in checkpoint["results"]
-        ]
-        launching.write_csv(rows, csv_file)
+
+    def finished(report: dict[str, Any], label: str) -> None:
+        if output is not None:
+            launching.write_json(report, output)
+        if csv_file is not None:
+            rows = [
+                launching.identity(label, checkpoint) | settings | row
+                for label, checkpoint in report["checkpoints"].items()
+                for row in checkpoint["results"]
+            ]
+            launching.write_csv(rows, csv_file)
+        if on_result is not None:
+            on_result(report, label)
+
+    report = launching.evaluate_all(
+        request,
+        settings,
+        infos,
+        layout or Layout(),
+        cpu,
+        megatron_flags or [],
+        tokens=len(depths) * samples * sum(lengths),
+        finished=finished,
+    )
     if picture is not None:
         plot.draw_heat_maps(report, picture, title)
     return report
+
+
+def _print_table(report: dict[str, Any], label: str) -> None:
+    """A checkpoint's numbers as soon as they are there: what comes later may fail."""
+    one = {label: report["checkpoints"][label]}
+    print(("\n" if len(report["checkpoints"]) > 1 else "") + table(report | {"checkpoints": one}), flush=True)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -263,7 +292,7 @@ def _task(
     if recall:
         # Without a text, the tokens between the pairs of the dataset itself.
         text = recall["text"] or text
-        launching.check_data(text)
+        check_data(text)
         pair_fraction = recall["pair_fraction"] if pair_fraction is None else pair_fraction
         if key_ids is None:
             key_ids, value_ids = range(*recall["key_ids"]), range(*recall["value_ids"])
@@ -351,9 +380,9 @@ def _check(
         raise UserError(f"--pair-fraction is {pair_fraction}; allowed: greater than 0, at most 1")
 
 
-def _check_vocabulary(task: Task, info: CheckpointInfo) -> None:
+def _check_vocabulary(task: Task, info: Checkpoint) -> None:
     """Refuse ids that a checkpoint has no embedding for; those that come from the data the worker checks."""
-    size = getattr(info.args, "padded_vocab_size", None)
+    size, _ = vocabulary(info.args)
     ids = (*(task.key_ids or ()), *(task.value_ids or ()), *task.marker)
     if size and ids and max(ids) >= size:
         raise UserError(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_fope.errors import UserError, exit_on_user_error
+from megatron_fope.evaluation import progress
+from megatron_fope.evaluation.tokens import read_tokens
 
 
 def main(request_file: str, result_file: str) -> None:
@@ -21,6 +24,9 @@ def main(request_file: str, result_file: str) -> None:
 
     from megatron_fope.evaluation.model import load_model
 
+    if os.environ["RANK"] == "0":
+        progress.count_in(Path(result_file).with_name("progress"))
+
     model = load_model(request["checkpoint"])
     results = {"perplexity": _perplexity, "retrieval": _retrieval}[request["kind"]](model, request)
     if torch.distributed.get_rank() == 0:
@@ -30,14 +36,11 @@ def main(request_file: str, result_file: str) -> None:
 
 
 def _perplexity(model: list[Any], request: dict[str, Any]) -> list[dict[str, Any]]:
+    import torch
+
     from megatron_fope.evaluation.perplexity import perplexity
 
-    tokens = read_tokens(request["data_path"], request["num_tokens"] + 1)
-    if tokens.numel() <= max(request["lengths"]):
-        raise UserError(
-            f"--data-path is {request['data_path']!r}: it holds {tokens.numel()} tokens; allowed: more than "
-            f"the longest length, {max(request['lengths'])}"
-        )
+    tokens = torch.from_numpy(read_tokens(request["data_path"], request["num_tokens"] + 1))
     return [
         {"length": length}
         | perplexity(model, tokens, length, request["tokens_per_batch"], request["by_position"])
@@ -51,7 +54,7 @@ def _retrieval(model: list[Any], request: dict[str, Any]) -> list[dict[str, Any]
 
     from megatron_fope.evaluation.retrieval import Task, check_ids, retrieval_accuracy
 
-    text = read_tokens(request["text"], request["text_tokens"]).numpy()
+    text = read_tokens(request["text"], request["text_tokens"])
     values = request["task"]
     if values["key_ids"] is None:
         values |= _ids_of(text, values["name"])
@@ -82,26 +85,6 @@ def _ids_of(text: Any, task: str) -> dict[str, list[int]]:
     if task == "recall":
         return {"key_ids": ids[::2], "value_ids": ids[1::2]}
     return {"key_ids": ids, "value_ids": ids}
-
-
-def read_tokens(prefix: str, count: int) -> Any:
-    """The first tokens of a dataset, documents joined in order.
-
-    Returns:
-        ``[count]`` int64, fewer when the dataset is smaller.
-    """
-    import numpy as np
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(prefix)
-    parts, total = [], 0
-    for i in range(len(dataset)):
-        parts.append(np.asarray(dataset[i], dtype=np.int64))
-        total += len(parts[-1])
-        if total >= count:
-            break
-    return torch.from_numpy(np.concatenate(parts)[:count])
 
 
 if __name__ == "__main__":
