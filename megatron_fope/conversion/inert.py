@@ -142,9 +142,8 @@ def foreign_classes(file: IO[bytes] | str) -> list[str]:
 
 
 def asked_classes(file: IO[bytes] | str) -> list[str]:
-    """Names that pickles of any kind ask for, as far as they can be seen without running them: for messages."""
+    """Names that pickles of any kind ask for, as far as they can be seen without running: for messages."""
     with open(file, "rb") if isinstance(file, str) else contextlib.nullcontext(file) as stream:
-        stream.seek(0)
         names: list[str] = []
         texts: list[str] = []
         with contextlib.suppress(Exception):
@@ -152,6 +151,7 @@ def asked_classes(file: IO[bytes] | str) -> list[str]:
                 archive = zipfile.ZipFile(stream)
                 inner = next(name for name in archive.namelist() if name.endswith("data.pkl"))
                 stream = io.BytesIO(archive.read(inner))
+            stream.seek(0)
             while True:  # the old format is several pickles, one behind the other
                 for operation, argument, _ in pickletools.genops(stream):
                     if operation.name == "GLOBAL":

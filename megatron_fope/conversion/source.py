@@ -28,6 +28,7 @@ from megatron_fope.checkpoint import (
 from megatron_fope.checkpoint_metadata import read_metadata
 from megatron_fope.conversion import inert
 from megatron_fope.errors import UserError
+from megatron_fope.log import quiet_imports
 
 COMMON_FILE = "common.pt"
 """Where Megatron through 0.18 keeps what is no tensor, the arguments among it."""
@@ -137,7 +138,8 @@ class Checkpoint:
         Raises:
             UserError: naming the class.
         """
-        from megatron.core.safe_globals import register_safe_globals
+        with quiet_imports():
+            from megatron.core.safe_globals import register_safe_globals
 
         register_safe_globals()
         for where, file in self._pickles():

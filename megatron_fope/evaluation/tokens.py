@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_fope.data import read_sidecar
 from megatron_fope.errors import UserError
+from megatron_fope.log import quiet_imports
 
 DATA_FILES = ("bin", "idx", "json")
 """How the files of a dataset end."""
@@ -27,9 +29,11 @@ def read_tokens(prefix: str | Path, count: int) -> Any:
         UserError: a file is missing or damaged, or there are no tokens.
     """
     import numpy as np
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+    with quiet_imports():
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
     try:
+        _check_index(prefix, DType)
         dataset = IndexedDataset(str(prefix))
         dtype = np.dtype(dataset.index.dtype)
         parts, total = [np.empty(0, dtype)], 0
@@ -49,6 +53,30 @@ def read_tokens(prefix: str | Path, count: int) -> Any:
     if not len(tokens):
         raise UserError(f"--data-path is {str(prefix)!r}, which holds no tokens")
     return tokens.astype(np.int64)
+
+
+def _check_index(prefix: str | Path, types: Any) -> None:
+    """Refuse an index that is cut, or that says more than the data holds, before Megatron maps it.
+
+    Raises:
+        OSError, ValueError, struct.error, KeyError: what is wrong with it.
+    """
+    import numpy as np
+
+    index = Path(f"{prefix}.idx")
+    with open(index, "rb") as file:
+        magic, _, code, sequences, documents = struct.unpack("<9sQBQQ", file.read(34))
+        if magic != b"MMIDIDX\x00\x00":
+            raise ValueError(f"{index} is no index of Megatron's")
+        if index.stat().st_size < 34 + sequences * 12 + documents * 8:
+            raise ValueError(f"{index} is cut off")
+        itemsize = np.dtype(types.dtype_from_code(code)).itemsize
+        sizes = np.fromfile(file, np.int32, sequences).astype(np.int64) * itemsize
+        ends = np.fromfile(file, np.int64, sequences) + sizes
+    if sequences and (sizes.min() < 0 or (ends - sizes).min() < 0):
+        raise ValueError(f"{index} is damaged")
+    if sequences and ends.max() > Path(f"{prefix}.bin").stat().st_size:
+        raise ValueError(f"{prefix}.bin is cut off")
 
 
 def check_data(data_path: str | Path) -> None:
