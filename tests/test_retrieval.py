@@ -382,7 +382,9 @@ def test_not_a_checkpoint(text: str, tmp_path: Path, refused: Callable[..., None
 
 
 def test_legacy_checkpoint_keeps_its_layout() -> None:
-    info = SimpleNamespace(folder="x", args=SimpleNamespace(**STORED | {"ckpt_format": "torch"}))
+    info = SimpleNamespace(
+        folder="x", format="torch", args=SimpleNamespace(**STORED | {"ckpt_format": "torch"})
+    )
     assert Layout(context=2).sizes(info) == (2, 1, 2)
     with pytest.raises(UserError, match=r"^--tensor-model-parallel-size is 1, but x was saved with 2"):
         Layout(tensor=1).sizes(info)

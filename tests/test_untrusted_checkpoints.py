@@ -5,6 +5,7 @@ No code of a checkpoint runs, wherever in it a pickle is.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import io
 import os
@@ -23,8 +24,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_fope.config import FoPEConfig
+from megatron_fope.conversion.source import open_checkpoint
 from megatron_fope.data import prepare_data
-from megatron_fope.errors import exit_on_user_error
+from megatron_fope.errors import UserError, exit_on_user_error
 from megatron_fope.evaluation import launching
 
 sys.path.insert(0, str(ROOT / "examples" / "pretrain"))
@@ -115,6 +117,16 @@ def flipped(folder: Path) -> None:
         file.write(os.urandom(place.length))
 
 
+def arguments(**changes: Any) -> Callable[[Path], None]:
+    """Other arguments, in the file in which Megatron through 0.18 keeps them."""
+
+    def damage(folder: Path) -> None:
+        stored = open_checkpoint(folder, name="c").args
+        torch.save({"args": argparse.Namespace(**vars(stored) | changes)}, folder / I4 / "common.pt")
+
+    return damage
+
+
 I4 = "iter_0000004"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "tracker empty": (write(LATEST, b""), f"{LATEST} says ''"),
@@ -164,6 +176,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "format file deep": (write(f"{I4}/metadata.json", b"[" * 100_000), "metadata.json cannot be read"),
     "format file of another kind": (write(f"{I4}/metadata.json", b"[]"), "metadata.json cannot be read"),
     "another format": (write(f"{I4}/metadata.json", b'{"sharded_backend": "zarr"}'), "its format is zarr"),
+    "an argument of another kind": (
+        arguments(seq_length="long"),
+        f"the arguments in {{}}/{I4} cannot be read (seq_length is 'long')",
+    ),
+    "an argument below zero": (arguments(padded_vocab_size=-1), "cannot be read (padded_vocab_size is -1)"),
+    "a base of another kind": (arguments(rotary_base="10k"), "cannot be read (rotary_base is '10k')"),
+    "arguments are no namespace": (
+        lambda folder: torch.save({"args": {}}, folder / I4 / "common.pt"),
+        "cannot be read (TypeError: they are a dict)",
+    ),
+    "no arguments": (lambda folder: torch.save({}, folder / I4 / "common.pt"), "stores no arguments"),
+    "arguments are a list": (
+        lambda folder: torch.save([1], folder / I4 / "common.pt"),
+        f"the arguments in {{}}/{I4} cannot be read",
+    ),
     "arguments are noise": (flipped, f"the arguments in {{}}/{I4} cannot be read"),
 }
 
@@ -308,8 +335,6 @@ def test_a_file_of_a_rank_is_missing(tmp_path: Path, run: Callable[[str], str]) 
 
 def test_what_transformer_engine_stores_is_let_through(tmp_path: Path) -> None:
     """Scales of FP8 as its layers pickle them, and what Megatron's own checkpoints hold."""
-    from megatron_fope.conversion.source import open_checkpoint
-
     hostile = Hostile(tmp_path / "c", Code(tmp_path / "code ran"))
     in_extra_state(hostile, pickle.dumps({"scale_fwd": torch.ones(3), "extra": {"fp8": True, "n": [1.0]}}))
     open_checkpoint(tmp_path / "c", name="c").check_classes("c")
@@ -317,9 +342,6 @@ def test_what_transformer_engine_stores_is_let_through(tmp_path: Path) -> None:
 
 def test_part_of_a_tensor(tmp_path: Path) -> None:
     """Never the memory that happens to be there."""
-    from megatron_fope.conversion.source import open_checkpoint
-    from megatron_fope.errors import UserError
-
     made = SyntheticCheckpoint(tmp_path / "c", fope=FoPEConfig.from_profile(train_length=64))
     name = "embedding.word_embeddings.weight"
     table(lambda m: m.storage_data.pop(place_of(m, name)))(made.folder)

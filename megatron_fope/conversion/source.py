@@ -36,6 +36,20 @@ COMMON_FILE = "common.pt"
 COMMON_ENTRY = "common_state/shard_0_1"
 """Entry of the table of contents that replaced the file in 0.19: a list with the same dictionary."""
 
+_NUMBERS = (
+    "seq_length",
+    "fope_train_length",
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "vocab_size",
+    "padded_vocab_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+)
+"""Arguments that are positive whole numbers where they are there."""
+
 _NUMPY = ("numpy.core.multiarray.", "numpy._core.multiarray.")
 
 _OPTIMIZER = re.compile(r"(^|\.)optimizer\.")
@@ -270,7 +284,17 @@ def _read_common(path: Path, metadata: Any, refuse: Any) -> dict[str, Any]:
         raise refuse(f"the arguments in {path} cannot be read ({describe_error(error)})") from None
     if getattr(stored, "seq_length", None) is None:
         raise refuse(f"{path} stores no arguments; allowed: a checkpoint saved by Megatron's training")
+    _check_arguments(stored, path, refuse)
     return common
+
+
+def _check_arguments(stored: Any, path: Path, refuse: Any) -> None:
+    """Refuse arguments that are there but of another kind than Megatron's."""
+    kinds = dict.fromkeys(_NUMBERS, int) | {"rotary_base": (int, float), "position_embedding_type": str}
+    for name, kind in kinds.items():
+        value = getattr(stored, name, None)
+        if value is not None and (not isinstance(value, kind) or (kind is not str and value <= 0)):
+            raise refuse(f"the arguments in {path} cannot be read ({name} is {value!r})")
 
 
 def _legacy_common(path: Path, refuse: Any) -> dict[str, Any]:
@@ -280,9 +304,13 @@ def _legacy_common(path: Path, refuse: Any) -> dict[str, Any]:
         raise refuse(problem)
     try:
         state = inert.load(str(files[0]), mapped=True)
-        return {"args": state["args"], "model": state.get("model", {})}
+        common = {"args": state["args"], "model": state.get("model", {})}
+        if getattr(common["args"], "seq_length", None) is None:
+            raise ValueError("it stores no arguments of Megatron's")
     except Exception as error:
         raise refuse(f"{files[0]} cannot be read ({describe_error(error)})") from None
+    _check_arguments(common["args"], path, refuse)
+    return common
 
 
 def _read_range(path: Path, storage: Any) -> io.BytesIO:

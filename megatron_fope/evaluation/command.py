@@ -143,12 +143,12 @@ def evaluate_perplexity(
     check_vocabulary(data_path, tokens, infos.values())
 
     def finished(report: dict[str, Any], label: str) -> None:
+        if on_result is not None:
+            on_result(report, label)
         if output is not None:
             launching.write_json(report, output)
         if csv_file is not None:
             launching.write_csv(_csv_rows(report), csv_file)
-        if on_result is not None:
-            on_result(report, label)
 
     request = {
         "kind": "perplexity",

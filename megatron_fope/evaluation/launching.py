@@ -54,14 +54,17 @@ class Layout:
         """
         stored = info.args
         flags = {
-            "--tensor-model-parallel-size": (self.tensor, stored.tensor_model_parallel_size),
-            "--pipeline-model-parallel-size": (self.pipeline, stored.pipeline_model_parallel_size),
+            "--tensor-model-parallel-size": (self.tensor, getattr(stored, "tensor_model_parallel_size", 1)),
+            "--pipeline-model-parallel-size": (
+                self.pipeline,
+                getattr(stored, "pipeline_model_parallel_size", 1),
+            ),
             "--context-parallel-size": (self.context, 1),
         }
         for flag, (given, saved) in flags.items():
             if given is not None and given < 1:
                 raise UserError(f"{flag} is {given}; allowed: 1 or more")
-            in_files = stored.ckpt_format == "torch" and flag != "--context-parallel-size"
+            in_files = info.format == "torch" and flag != "--context-parallel-size"
             if in_files and given not in (None, saved):
                 raise UserError(
                     f"{flag} is {given}, but {info.folder} was saved with {saved} in the 'torch' "
@@ -314,10 +317,10 @@ def _megatron_flags(info: Checkpoint, layout: Layout, cpu: bool) -> list[str]:
     if getattr(stored, "padded_vocab_size", None):
         # Another tensor-parallel size would pad the vocabulary otherwise, with rows that nobody trained.
         flags += ["--make-vocab-size-divisible-by", str(stored.padded_vocab_size // tensor)]
-    flags += ["--exit-on-missing-checkpoint", "--ckpt-format", stored.ckpt_format]
+    flags += ["--exit-on-missing-checkpoint", "--ckpt-format", info.format]
     if getattr(stored, "sequence_parallel", False) and tensor > 1:
         flags.append("--sequence-parallel")
-    if stored.transformer_impl == "local" or cpu:
+    if getattr(stored, "transformer_impl", None) == "local" or cpu:
         flags += ["--transformer-impl", "local"]
     return flags
 

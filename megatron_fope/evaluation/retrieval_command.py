@@ -216,6 +216,8 @@ def evaluate_retrieval(
     }
 
     def finished(report: dict[str, Any], label: str) -> None:
+        if on_result is not None:
+            on_result(report, label)
         if output is not None:
             launching.write_json(report, output)
         if csv_file is not None:
@@ -225,8 +227,6 @@ def evaluate_retrieval(
                 for row in checkpoint["results"]
             ]
             launching.write_csv(rows, csv_file)
-        if on_result is not None:
-            on_result(report, label)
 
     report = launching.evaluate_all(
         request,
