@@ -53,7 +53,7 @@ def forked(launcher: Launcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     """Workers are forks, which are quicker than torchrun; the number of ranks of each."""
     started = []
 
-    def launch(request: dict[str, Any], num_ranks: int) -> list[dict[str, Any]]:
+    def launch(request: dict[str, Any], num_ranks: int, bar: Any) -> list[dict[str, Any]]:
         started.append(num_ranks)
         files = [str(tmp_path / f"{name}{len(started)}.json") for name in ("request", "result")]
         Path(files[0]).write_text(json.dumps(request))
