@@ -33,16 +33,17 @@ def read_tokens(prefix: str | Path, count: int) -> Any:
     with quiet_imports():
         from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
     try:
-        _check_index(prefix, DType)
-        dataset = IndexedDataset(str(prefix))
-        dtype = np.dtype(dataset.index.dtype)
-        parts, total = [np.empty(0, dtype)], 0
-        for i in range(len(dataset)):
-            parts.append(np.asarray(dataset[i]))
-            total += len(parts[-1])
-            if total >= count:
-                break
-        tokens = np.concatenate(parts)[:count]
+        with quiet_imports():  # Megatron warns that it runs on one rank
+            _check_index(prefix, DType)
+            dataset = IndexedDataset(str(prefix))
+            dtype = np.dtype(dataset.index.dtype)
+            parts, total = [np.empty(0, dtype)], 0
+            for i in range(len(dataset)):
+                parts.append(np.asarray(dataset[i]))
+                total += len(parts[-1])
+                if total >= count:
+                    break
+            tokens = np.concatenate(parts)[:count]
     except Exception as error:  # whatever a damaged index makes Megatron and numpy do
         text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"--data-path is {str(prefix)!r}, which cannot be read ({text})") from None
