@@ -64,7 +64,7 @@ _FROM_ONE = frozenset(
 _MAY_BE_NEGATIVE = frozenset({"inference_dynamic_batching_num_cuda_graphs"})
 """Whole numbers whose default is not negative and that may be; every other is 0 or more."""
 
-_POSITIVE = frozenset(("lr", "adam_eps", "norm_epsilon"))
+_POSITIVE = frozenset(("lr", "adam_eps", "norm_epsilon", "layernorm_epsilon"))
 _NOT_NEGATIVE = frozenset(
     [
         "min_lr",
@@ -144,6 +144,8 @@ def _outside(name: str, number: float, default: Any) -> str:
         return "less than 2^63"
     if name == "seed" and not 1 <= number < 2**32:
         return "1 to 2^32 - 1"
+    if name == "rotary_percent" and not 0 < number <= 1:
+        return "more than 0, up to 1"
     if name in _POSITIVE and number <= 0:
         return "more than 0"
     if name in _BELOW_ONE and not 0 <= number < 1:

@@ -164,6 +164,8 @@ NONSENSE_PLANS = {
     "--fope-gain nan": "--fope-gain is nan",
     "--fope-train-length 0": "--fope-train-length is 0",
     "--fope-train-length 5": "--fope-train-length is 5",
+    "--norm-epsilon -1": "is -1.0; allowed: more than 0",
+    "--rotary-percent 0": "is 0.0; allowed: more than 0, up to 1",
     "--lr nan": "--lr is nan; allowed: finite numbers",
     "--train-iters -1": "is -1; allowed: 1 or more",
     "--yaml-cfg run.yaml": "--yaml-cfg is given",
