@@ -47,10 +47,14 @@ class _Patch:
     name: str
     original: Callable
     wrapper: Callable
+    active: bool = True
+    """False once it was taken back: another plugin may still hold the wrapper and call it."""
 
 
 _patches: list[_Patch] = []
 _config: FoPEConfig | None = None
+_settled = False
+"""Whether the settings of validated arguments are in force, which a configuration can no longer replace."""
 _announced = False
 _validating: Any = None
 """The arguments that Megatron is shown as ``rope`` right now."""
@@ -59,24 +63,33 @@ _building: Any = None
 
 
 def register(config: FoPEConfig | None = None) -> None:
-    """Make Megatron understand ``--position-embedding-type fope``; a second call changes nothing.
+    """Make Megatron understand ``--position-embedding-type fope``; once is enough.
 
     Call it before Megatron parses its arguments and before any model is built. Models that exist already
     are not touched (:func:`megatron_fope.assert_fope_active` tells).
 
     Args:
         config: settings for models built with ``position_embedding_type="fope"``; None takes them from
-            Megatron's parsed arguments.
+            Megatron's parsed arguments. A later call may add a configuration where there was none; None keeps
+            the one that is there.
 
     Raises:
-        UserError: Megatron-Core is missing or outside the supported range, or it was registered with
-            another configuration.
+        UserError: Megatron-Core is missing or outside the supported range, it was registered with another
+            configuration, or Megatron has validated arguments with other settings.
         ImportError: a symbol of Megatron has moved; the message names it.
     """
     global _config
     if _patches:
-        if config != _config:
+        if config is None or config == _config:
+            return
+        if _config is not None:
             raise UserError("register() was called before with another configuration; unregister() first")
+        if _settled:
+            raise UserError(
+                "register(config) comes after Megatron validated its arguments, whose settings are in force; "
+                "call it earlier, or give the settings as flags"
+            )
+        _config = config
         return
     version = compat.require_supported_megatron()
     _config = config
@@ -88,29 +101,41 @@ def register(config: FoPEConfig | None = None) -> None:
                     f"Megatron-Core {version} has no {owner.__name__}.{name}, which megatron-fope extends; "
                     "please report this version"
                 )
-            wrapper = functools.wraps(original)(wrap(original))
-            setattr(owner, name, wrapper)
-            _patches.append(_Patch(owner, name, original, wrapper))
+            patch = _Patch(owner, name, original, wrap(original))
+            patch.wrapper = _while_active(patch)
+            setattr(owner, name, patch.wrapper)
+            _patches.append(patch)
     except Exception:
         unregister()
         raise
 
 
+def _while_active(patch: _Patch) -> Callable:
+    extended = patch.wrapper
+
+    @functools.wraps(patch.original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (extended if patch.active else patch.original)(*args, **kwargs)
+
+    return call
+
+
 def unregister() -> None:
     """Put Megatron's own functions back; harmless when nothing is registered."""
-    global _config, _announced
+    global _config, _announced, _settled
     for patch in reversed(_patches):
+        patch.active = False
         if inspect.getattr_static(patch.owner, patch.name) is patch.wrapper:
             setattr(patch.owner, patch.name, patch.original)
         else:
             logger.warning(
-                "%s.%s was patched again after megatron-fope; its wrapper stays and does nothing for "
-                "position embedding types other than fope",
+                "%s.%s was patched again after megatron-fope, whose wrapper stays there and only calls the "
+                "original",
                 patch.owner.__name__,
                 patch.name,
             )
     _patches.clear()
-    _config, _announced = None, False
+    _config, _announced, _settled = None, False, False
 
 
 def is_registered() -> bool:
@@ -161,7 +186,8 @@ def _wrap_validate_args(original: Callable) -> Callable:
         if args.position_embedding_type != FOPE:
             with _megatrons_refusals():
                 return original(args, *rest, **kwargs)
-        global _validating
+        global _validating, _settled
+        _settled = _config is None
         args.position_embedding_type = "rope"
         _validating = args
         try:

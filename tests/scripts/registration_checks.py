@@ -157,14 +157,44 @@ def other_configuration_is_refused() -> None:
     register(first)
     wrapped = symbols()
     register(FoPEConfig.from_profile(train_length=64, gain=0.4))  # equal
-    for other in (None, FoPEConfig.from_profile(train_length=64, gain=0.5)):
-        message = raises(UserError, lambda other=other: register(other))
-        assert "another configuration" in message and "unregister()" in message and "\n" not in message
+    register()  # keeps it
+    other = FoPEConfig.from_profile(train_length=64, gain=0.5)
+    message = raises(UserError, lambda: register(other))
+    assert "another configuration" in message and "unregister()" in message and "\n" not in message
     assert changed(wrapped) == []
+    assert fope_values(start(FOPE))["gain"] == 0.4
     unregister()
     register(FoPEConfig.from_profile(train_length=64, gain=0.5))
     unregister()
     assert changed(before) == []
+
+
+@check
+def configuration_may_come_after_the_registration() -> None:
+    """As under Megatron-Bridge, where a plugin registers and the recipe knows the settings."""
+    from megatron_fope import FoPEConfig, UserError, register, unregister
+
+    config = FoPEConfig.from_profile(train_length=64, gain=0.4)
+    register()
+    wrapped = symbols()
+    register(config)
+    register()
+    assert changed(wrapped) == [] and fope_values(start([*FOPE, "--fope-gain", "0.7"]))["gain"] == 0.4
+    register(config)
+    unregister()
+
+    register()
+    start(ROPE)
+    register(config)  # those arguments have no settings
+    unregister()
+
+    register()
+    assert fope_values(start([*FOPE, "--fope-gain", "0.7"]))["gain"] == 0.7
+    message = raises(UserError, lambda: register(config))  # a checkpoint would record the other settings
+    assert "validated" in message and "\n" not in message
+    unregister()
+    register(config)
+    unregister()
 
 
 @check
@@ -267,10 +297,38 @@ def patch_on_top_survives_unregister_with_a_warning() -> None:
         assert changed(before) == ["megatron.training.arguments.validate_args"]
         assert len(messages) == 1 and "megatron.training.arguments.validate_args" in messages[0]
         through_ours = plain(start(ROPE))
+        # What is below the other plugin stays without effect when FoPE is registered again on top of it.
+        register()
+        again = fope_values(start([*FOPE, "--fope-gain", "0.7"]))
+        unregister()
+        register()
+        twice = fope_values(start([*FOPE, "--fope-gain", "0.7"]))
+        unregister()
+        assert arguments.validate_args is theirs
     finally:
         logger.removeHandler(handler)
         arguments.validate_args = ours.__wrapped__
     assert through_ours == plain(start(ROPE))
+    register()
+    assert again == twice == fope_values(start([*FOPE, "--fope-gain", "0.7"]))
+    unregister()
+
+
+@check
+def every_wrapper_that_is_left_over_only_calls_the_original() -> None:
+    from megatron_fope import register, registration, unregister
+
+    register()
+    patches = list(registration._patches)
+    unregister()
+    for again in (False, True):
+        if again:
+            register()
+        for patch in patches:
+            original, patch.original = patch.original, lambda *given, **named: (given, named)
+            assert patch.wrapper(1, 2, three=3) == ((1, 2), {"three": 3}), patch.name
+            patch.original = original
+    unregister()
 
 
 @check
