@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import platform
@@ -71,28 +72,24 @@ class Environment:
 
 
 def read_environment() -> Environment:
-    """Look at the environment; imports Megatron, torch and what both use, and changes nothing."""
-    import torch
-
-    from megatron_fope import implementation
-
-    packages = [_package(name, *facts) for name, facts in _PACKAGES.items()]
-    gpus = [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    """Look at the environment; imports every library of it, which may fail, and changes nothing."""
+    packages = {name: _package(name, *facts) for name, facts in _PACKAGES.items()}
+    broken = {name: p.problem for name, p in packages.items() if p.problem and p.version is not None}
+    cuda, gpus = _cuda() if "torch" not in broken else ("unknown: PyTorch cannot be imported", [])
     environment = Environment(
         megatron_fope=__version__,
         python=f"{platform.python_version()} ({sys.executable})",
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        cuda=f"PyTorch is built for {built}; {len(gpus) or 'no'} GPU{'' if len(gpus) == 1 else 's'} visible",
+        cuda=cuda,
         gpus=gpus,
-        packages=packages,
-        support=_support(),
+        packages=list(packages.values()),
+        support=_support(broken),
     )
-    if next(p for p in packages if p.name == "megatron-core").version is not None:
-        environment.backends = {p: _explained(x) for p, x in compat.chosen_libraries().items()}
-        environment.backends["FoPE's rotation"] = str(
-            implementation.choose("auto", implementation.current_device())
-        )
+    if environment.support.startswith("supported"):
+        try:
+            environment.backends = _backends()
+        except Exception as error:
+            environment.support = f"not supported: Megatron-Core cannot be imported: {_first_line(error)}"
     return environment
 
 
@@ -133,9 +130,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what Megatron and PyTorch say about missing libraries when they are imported."""
+    """Keep back what libraries say when they are imported."""
     disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         try:
@@ -145,29 +142,50 @@ def _quiet() -> Iterator[None]:
 
 
 def _package(name: str, module: str, advice: str) -> Package:
-    try:
+    """Import the library, as a run would: one that is there may not fit PyTorch, CUDA or this machine."""
+    version = None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        version = None
     try:
-        found = importlib.util.find_spec(module) is not None
-    except ImportError:
-        found = False
-    if not found:
-        return Package(name, None, advice)
-    if name == "megatron-core":
-        return Package(name, str(compat.megatron_version()))
-    if name == "apex" and importlib.util.find_spec("apex.optimizers") is None:
-        return Package(name, version, "not NVIDIA's apex: Megatron cannot use it; pip uninstall apex")
-    if name == "transformer-engine":  # the one that is often there and does not fit torch or CUDA
-        try:
-            importlib.import_module(module)
-        except Exception as error:
-            first = str(error).strip().splitlines()
-            return Package(
-                name, version, f"cannot be imported: {first[0] if first else type(error).__name__}"
-            )
+        if not _is_installed(module):
+            return Package(name, None, advice)
+        if name == "apex" and importlib.util.find_spec("apex.optimizers") is None:
+            return Package(name, version, "not NVIDIA's apex: Megatron cannot use it; pip uninstall apex")
+        importlib.import_module(module)
+        if name == "megatron-core":
+            version = str(compat.megatron_version())
+    except (Exception, SystemExit) as error:
+        return Package(name, version or "version unknown", f"cannot be imported: {_first_line(error)}")
     return Package(name, version or "version unknown")
+
+
+def _is_installed(module: str) -> bool:
+    for position in (i for i, letter in enumerate(f"{module}.") if letter == "."):
+        if importlib.util.find_spec(module[:position]) is None:
+            return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
+
+
+def _cuda() -> tuple[str, list[str]]:
+    """What PyTorch is built for, and the GPUs that it sees."""
+    import torch
+
+    gpus = [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    visible = f"{len(gpus) or 'no'} GPU{'' if len(gpus) == 1 else 's'} visible"
+    return f"PyTorch is built for {built}; {visible}", gpus
+
+
+def _backends() -> dict[str, str]:
+    from megatron_fope import implementation
+
+    found = {purpose: _explained(library) for purpose, library in compat.chosen_libraries().items()}
+    found["FoPE's rotation"] = str(implementation.choose("auto", implementation.current_device()))
+    return found
 
 
 def _gpu(index: int) -> str:
@@ -177,7 +195,10 @@ def _gpu(index: int) -> str:
     return f"{index}: {facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute {facts.major}.{facts.minor}"
 
 
-def _support() -> str:
+def _support(broken: dict[str, str]) -> str:
+    for name in ("torch", "megatron-core"):
+        if name in broken:
+            return f"not supported: {name} {broken[name]}"
     try:
         version = compat.require_megatron_core()
     except UserError as error:

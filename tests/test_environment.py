@@ -76,14 +76,87 @@ def test_a_library_that_cannot_be_imported(tmp_path: Path) -> None:
         sys.path.remove(str(tmp_path))
         for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
             del sys.modules[name]
-    assert found.problem == "cannot be imported: libcudart.so.12: no such file"
+    assert found.problem == "cannot be imported: OSError: libcudart.so.12: no such file"
+
+
+ERRORS = {
+    "OSError('libcudart.so.12: no such file')": "OSError: libcudart.so.12: no such file",
+    "RuntimeError('built for CUDA 11\\nand more')": "RuntimeError: built for CUDA 11",
+    "AttributeError()": "AttributeError",
+    "ImportError('undefined symbol: _ZN3c10')": "ImportError: undefined symbol: _ZN3c10",
+    "ModuleNotFoundError('no einops', name='einops')": "ModuleNotFoundError: no einops",
+    "SystemExit(3)": "SystemExit: 3",
+}
+
+BROKEN = """
+import importlib, json, pathlib, sys
+from megatron_fope import environment
+
+root, errors = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
+found = {}
+for name, (module, advice) in environment._PACKAGES.items():
+    for number, error in enumerate(errors):
+        for depth in range(module.count(".") + 1):  # the package itself, or the part of it that is used
+            parts = module.split(".")
+            folder = root / f"{name} {number} {depth}"
+            for level in range(len(parts)):
+                package = folder.joinpath(*parts[: level + 1])
+                package.mkdir(parents=True)
+                (package / "__init__.py").write_text(f"raise {error}" if level == depth else "")
+            if name == "apex":
+                (package / "optimizers.py").write_text("")
+            sys.path.insert(0, str(folder))
+            importlib.invalidate_caches()
+            found[f"{name}, {error}, {depth}"] = environment._package(name, module, advice).problem
+            sys.path.remove(str(folder))
+            for loaded in [m for m in sys.modules if m.split(".")[0] == parts[0]]:
+                del sys.modules[loaded]
+print(json.dumps(found))
+"""
+
+
+def test_every_library_may_be_broken_in_every_way(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN, str(tmp_path), json.dumps(list(ERRORS))],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) >= len(environment._PACKAGES) * len(ERRORS)
+    for case, problem in found.items():
+        assert problem == f"cannot be imported: {ERRORS[case.split(', ', 1)[1].rsplit(', ', 1)[0]]}", case
+
+
+@pytest.mark.parametrize(
+    ("library", "error", "code"),
+    [
+        ("transformer_engine", "OSError('libcudart.so.12: no such file')", 1),  # Megatron dies of it as well
+        ("deepspeed", "RuntimeError('built for CUDA 11')", 0),  # Megatron does without
+        ("torch", "OSError('libtorch.so: no such file')", 1),
+    ],
+)
+def test_the_command_explains_a_broken_library(library: str, error: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / library).mkdir()
+    (tmp_path / library / "__init__.py").write_text(f"print('noise')\nraise {error}")
+    (tmp_path / library / "pytorch.py").write_text("")
+    done = env(path=tmp_path)
+    name, reason = library.replace("_", "-"), error.split("'")[1]
+    assert "Traceback" not in done.stderr and "noise" not in done.stdout, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"{name} ")]
+    assert "cannot be imported" in line and reason in line
+    (support,) = [line for line in done.stdout.splitlines() if line.startswith("support ")]
+    assert done.returncode == code and (reason in support) is bool(code), support
 
 
 @pytest.mark.parametrize(
     ("module", "name", "library"),
     [
         ("transformer_engine.pytorch.optimizers", "FusedAdam", "Transformer Engine"),
+        ("transformer_engine_torch", "multi_tensor_l2norm", "Transformer Engine"),
         ("apex.optimizers", "FusedAdam", "apex"),
+        ("amp_C", "multi_tensor_l2norm", "apex"),
         ("torch.optim.adamw", "AdamW", "PyTorch"),
         ("somewhere", "Adam", "unknown"),
     ],
@@ -99,4 +172,5 @@ def test_whose_optimizer(module: str, name: str, library: str, monkeypatch: pyte
     )
     monkeypatch.setattr(compat.backends.importlib, "import_module", lambda wanted: fake)
     found = compat.chosen_libraries()
-    assert found["Adam"] == library and found["gradient accumulation fusion"] == "apex"
+    assert found["Adam"] == found["gradient norm and clipping"] == library
+    assert found["gradient accumulation fusion"] == "apex"

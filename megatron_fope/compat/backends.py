@@ -7,6 +7,7 @@ from typing import Any
 
 _LIBRARIES = {
     "transformer_engine": "Transformer Engine",
+    "transformer_engine_torch": "Transformer Engine",
     "apex": "apex",
     "amp_C": "apex",
     "torch": "PyTorch",

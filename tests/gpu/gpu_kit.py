@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from pathlib import Path
 
@@ -15,6 +16,23 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device is visible")
 needs_transformer_engine = pytest.mark.skipif(
     not GPU or importlib.util.find_spec("transformer_engine") is None,
     reason="no CUDA device is visible" if not GPU else "transformer_engine is not installed; see docs/gpu.md",
+)
+
+
+FLASH_ATTENTION = ("flash-attn", "flash-attn-3", "flash-attn-4")
+"""The distributions for which Transformer Engine looks; its own back ends are cuDNN and unfused attention."""
+
+
+def has_flash_attention() -> bool:
+    """Whether Transformer Engine can find FlashAttention."""
+    installed = {
+        found.metadata["Name"].lower().replace("_", "-") for found in importlib.metadata.distributions()
+    }
+    return not installed.isdisjoint(FLASH_ATTENTION)
+
+
+needs_flash_attention = pytest.mark.skipif(
+    not has_flash_attention(), reason="flash-attn is not installed; see docs/gpu.md"
 )
 
 

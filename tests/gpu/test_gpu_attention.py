@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpu_kit import ROOT, needs_transformer_engine
+from gpu_kit import ROOT, needs_flash_attention, needs_transformer_engine
 
 WORKER = Path(__file__).with_name("attention_worker.py")
 
 BACK_ENDS = [
     "torch",
-    *(pytest.param(name, marks=needs_transformer_engine) for name in ("te-flash", "te-cudnn", "te-unfused")),
+    pytest.param("te-flash", marks=[needs_transformer_engine, needs_flash_attention]),
+    *(pytest.param(name, marks=needs_transformer_engine) for name in ("te-cudnn", "te-unfused")),
 ]
 
 

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from gpu_kit import needs_capability, needs_gpu, needs_gpus, needs_transformer_engine
+from gpu_kit import needs_capability, needs_flash_attention, needs_gpu, needs_gpus, needs_transformer_engine
 from launch import losses, torchrun
 
 from megatron_fope.megatron_flags import megatron_parser, parse
@@ -72,7 +72,7 @@ def test_triton_and_torch_train_alike(start: Path, local: list[float]) -> None:
 
 
 @needs_transformer_engine
-@pytest.mark.parametrize("back_end", ["flash", "fused", "unfused"])
+@pytest.mark.parametrize("back_end", [pytest.param("flash", marks=needs_flash_attention), "fused", "unfused"])
 def test_transformer_engine_trains_like_the_local_layers(
     start: Path, local: list[float], back_end: str
 ) -> None:
