@@ -142,10 +142,9 @@ class Interpolation(KeepsPrecision):
     def __init__(self, fope: FoPEConfig, head_dim: int) -> None:
         super().__init__()
         self.fope, self.half = fope, head_dim // 2
-        both = torch.cat((frequencies.rotary(fope, head_dim), fope.inv_freq(head_dim)))
-        self.register_buffer("inv_freq", both, persistent=False)
-        self.register_buffer("weight", torch.zeros(()), persistent=False)
         self._written = 0.0
+        for name, value in self.initial_tensors().items():
+            self.register_buffer(name, value, persistent=False)
         self.settings = FoPEConfig.from_profile(
             fope.profile,
             train_length=fope.train_length,
@@ -154,6 +153,12 @@ class Interpolation(KeepsPrecision):
             implementation=fope.implementation,
         )
         """What the interpolated coefficients mean: nothing left to fold in, no pair without a series."""
+
+    def initial_tensors(self) -> dict[str, Tensor]:
+        """The frequencies of RoPE and of FoPE, and the weight that was written last."""
+        both = torch.cat((frequencies.rotary(self.fope, 2 * self.half), self.fope.inv_freq(2 * self.half)))
+        weight = torch.full((), self._written, dtype=torch.float32, device="cpu")
+        return {"inv_freq": both, "weight": weight}
 
     @property
     def active(self) -> bool:

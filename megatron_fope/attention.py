@@ -10,6 +10,7 @@ from typing import Any
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megatron_fope import compat
 from megatron_fope.config import FoPEConfig
 from megatron_fope.embedding import FourierEmbedding
 from megatron_fope.errors import UserError
@@ -82,6 +83,8 @@ class FoPESelfAttention(SelfAttention):
         query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
         if self.fope_rotates:
             call = _call.get()
+            if self.fope.fope.learnable:
+                query, key = (compat.survives_offloading(t, rest[0], self) for t in (query, key))
             query, key = self.fope(
                 query,
                 key,
@@ -90,6 +93,8 @@ class FoPESelfAttention(SelfAttention):
                 inference_context=call.get("inference_context") or call.get("inference_params"),
                 sequence_len_offset=call.get("sequence_len_offset"),
             )
+        else:
+            query = self.fope.leave(query)
         return query, key, *rest
 
 

@@ -204,9 +204,16 @@ class FoPEConfig:
         return min(self.d_in(head_dim), half if self.square else head_dim // 4)
 
     def coefficient_shape(self, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
-        """``(num_kv_heads, D_in, D_out)``, without the first when heads share. For the whole model."""
-        matrix = (self.d_in(head_dim), self.d_out(head_dim))
-        return (num_kv_heads, *matrix) if self.separate_heads else matrix
+        """``(num_kv_heads, D_in, D_out)``, with one head when heads share. For the whole model.
+
+        Always three dimensions: optimizers that orthogonalise weights (Muon) take two for a matrix.
+        """
+        return (num_kv_heads if self.separate_heads else 1, self.d_in(head_dim), self.d_out(head_dim))
+
+    def drawn_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The dimensions that random coefficients of a shape are drawn with, as published: no head when
+        heads share. The spread of Xavier's rules depends on them."""
+        return shape if self.separate_heads else shape[1:]
 
     def make_coefficients(
         self, num_kv_heads: int, head_dim: int, *, layer: int, stack: str = "decoder"
@@ -226,8 +233,12 @@ class FoPEConfig:
         """
         generator = self.generator(layer, stack)
         shape = self.coefficient_shape(num_kv_heads, head_dim)
+        drawn = self.drawn_shape(shape)
         names = ("sin_coef", "cos_coef") if self.separate_basis else ("fourier_coef",)
-        return {name: functional.init_coefficients(shape, self.init, self.gain, generator) for name in names}
+        return {
+            name: functional.init_coefficients(drawn, self.init, self.gain, generator).view(shape)
+            for name in names
+        }
 
     def generator(self, layer: int, stack: str = "decoder", purpose: str = "") -> torch.Generator:
         """Random numbers of one layer's coefficients, from the seed alone.
@@ -294,7 +305,6 @@ class FoPEConfig:
         """
         effective = {}
         for name, value in coefficients.items():
-            value = value.unsqueeze(0) if value.dim() == 2 else value
             if self.normalize:
                 value = functional.normalize_coefficients(value)
             if self.attention_scaling != 1.0:

@@ -73,15 +73,24 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         self.head_dim = head_dim or config.kv_channels
         self.num_kv_heads = num_kv_heads or config.num_query_groups
         self.layer, self.stack = layer, stack
-        self.register_buffer("inv_freq", fope.inv_freq(self.head_dim), persistent=False)
-        coefficients = fope.make_coefficients(self.num_kv_heads, self.head_dim, layer=layer, stack=stack)
+        coefficients = self.initial_tensors()
+        self.register_buffer("inv_freq", coefficients.pop("inv_freq"), persistent=False)
         for name, value in coefficients.items():
             if fope.learnable:
-                self.register_parameter(name, torch.nn.Parameter(value))
+                parameter = torch.nn.Parameter(value)
+                parameter.is_embedding_parameter = True  # muP: its size does not grow with the model's width
+                self.register_parameter(name, parameter)
             else:
                 self.register_buffer(name, value)
         self.coefficient_names = tuple(coefficients)
         self.interpolation = Interpolation(fope, self.head_dim) if fope.anneal_iters else None
+
+    def initial_tensors(self) -> dict[str, Tensor]:
+        """Frequencies and fresh coefficients."""
+        coefficients = self.fope.make_coefficients(
+            self.num_kv_heads, self.head_dim, layer=self.layer, stack=self.stack
+        )
+        return {"inv_freq": self.fope.inv_freq(self.head_dim), **coefficients}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         self._grow(state_dict, prefix)
@@ -109,7 +118,7 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         state_dict.update({prefix + name: value for name, value in grown.items()})
 
     def coefficients(self, *, shared: bool = False) -> dict[str, Tensor]:
-        """This rank's share: ``{name: [local KV heads, D_in, D_out]}`` (``[D_in, D_out]`` when heads share).
+        """This rank's share: ``{name: [local KV heads, D_in, D_out]}`` (one head when heads share).
 
         Learnable coefficients get the sum of all tensor-parallel ranks' gradients, because every rank
         holds all heads but only its own heads produce a gradient. Frozen ones come as aliases whose writes
@@ -163,6 +172,16 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
             d_out=d_out,
         )
         return choose(self.fope.implementation, device, case, rows)
+
+    def leave(self, query: Tensor) -> Tensor:
+        """``query`` as it is, of a layer that does not rotate.
+
+        Learnable coefficients get a gradient of zero: Megatron's data parallelism waits for one of every
+        parameter, and checkpoints, which stack layers, need parameters and optimizer states of all layers.
+        """
+        if not self.fope.learnable:
+            return query
+        return _Leave.apply(query, *(getattr(self, name) for name in self.coefficient_names))
 
     def forward(
         self,
@@ -260,6 +279,17 @@ class _Kept:
     place: tuple[str, int]
     """Stack and number of the layer that used the basis last."""
     basis: tuple[Tensor, Tensor]
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, *coefficients: Tensor) -> Tensor:
+        ctx.coefficients = coefficients
+        return query.view_as(query)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *map(torch.zeros_like, ctx.coefficients)
 
 
 class _BasisCache:

@@ -106,7 +106,7 @@ def grow_coefficients(
     global generator: every rank of every layout makes the same ones.
 
     Args:
-        old: ``{name: [num_kv_heads, D_in, D_out]}`` of ``old_config`` (``[D_in, D_out]`` when heads share).
+        old: ``{name: [num_kv_heads, D_in, D_out]}`` of ``old_config`` (one head when heads share).
         old_config: settings that ``old`` belongs to.
         new_config: settings of the result; its ``growth`` says by which rule.
         head_dim: channels of a head that are rotated.
@@ -135,16 +135,17 @@ def grow_coefficients(
     if new_config.growth != "aligned":
         return {
             name: grow_upstream(
-                value,
+                value.view(new_config.drawn_shape(expected)),
                 *shape[-2:],
                 expand=new_config.growth == "upstream",
                 gain=new_config.gain,
                 generator=generator,
-            )
+            ).view(shape)
             for name, value in old.items()
         }
+    drawn = new_config.drawn_shape(shape)
     noise = {
-        name: functional.random_coefficients(shape, new_config.init, new_config.gain, generator)
+        name: functional.random_coefficients(drawn, new_config.init, new_config.gain, generator).view(shape)
         for name in old
     }
     return _grow_aligned(old, noise, with_identity=functional.has_identity(new_config.init))

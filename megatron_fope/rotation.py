@@ -52,8 +52,8 @@ def rotate(
         key: ``[s, b, KV heads, head_dim]``.
         sin_basis: ``[s, D_in]`` from :func:`megatron_fope.functional.fourier_basis`.
         cos_basis: ``[s, D_in]``.
-        coefficients: ``{name: [H, D_in, D_out]}`` for the KV heads of ``key`` (``[D_in, D_out]`` when heads
-            share); float32.
+        coefficients: ``{name: [H, D_in, D_out]}`` for the KV heads of ``key`` (one when heads share);
+            float32.
         config: the settings that the tables depend on.
 
     Returns:

@@ -125,7 +125,7 @@ def test_rotation(case: Case) -> None:
     assert config.d_out(head_dim) == case.config["d_out"]
     torch.testing.assert_close(inv_freq, case["inv_freq"], rtol=3e-7, atol=0)
     coefficients = case.coefficients()
-    shape = config.coefficient_shape(case.config["n_kv_heads"], head_dim)
+    shape = config.drawn_shape(config.coefficient_shape(case.config["n_kv_heads"], head_dim))
     assert all(tuple(c.shape) == shape for c in coefficients.values())
 
     if "sin_table" in case:

@@ -17,7 +17,8 @@ up to 0.18      ``gpt_builder_config``, ``hybrid_builder_config``, ``keep_on_dev
                 ``known_parameters``, ``read_batch``, ``run_pretraining``,
                 ``slice_batch_for_context_parallelism``
 0.19            ``repair_help_texts``
-all so far      ``repair_checkpoint_metadata_reader``, ``prepare_dataset_helpers``
+all so far      ``repair_checkpoint_metadata_reader``, ``prepare_dataset_helpers``,
+                ``survives_offloading``
 =============== ======================================================================================
 """
 
@@ -59,6 +60,7 @@ from megatron_fope.compat.models import (
 )
 from megatron_fope.compat.offloading import (
     keep_on_device,
+    survives_offloading,
 )
 from megatron_fope.compat.signatures import (
     known_attributes,
@@ -113,6 +115,7 @@ __all__ = [
     "require_supported_megatron",
     "run_pretraining",
     "slice_batch_for_context_parallelism",
+    "survives_offloading",
     "theoretical_memory",
     "token_positions",
 ]

@@ -63,7 +63,7 @@ def rotate_triton(
         key: ``[s, b, KV heads, head_dim]``, same dtype.
         sin_basis: ``[rows, D_in]`` from :func:`megatron_fope.functional.fourier_basis`.
         cos_basis: same shape.
-        coefficients: ``{name: [KV heads, D_in, D_out]}`` (``[D_in, D_out]`` when heads share); float32.
+        coefficients: ``{name: [KV heads, D_in, D_out]}`` (one head when heads share); float32.
         config: the settings that the tables depend on.
         positions: ``[s]`` int32 or int64, or None. On a GPU they cannot be checked without waiting for it
             (see :func:`check_positions`): a token whose row does not exist becomes NaN.

@@ -321,12 +321,13 @@ def main() -> None:
     import host_checks
     import mla_checks
     import spec_checks
+    import state_checks
 
     from megatron_fope import compat
 
     release = compat.megatron_version().release
     results = {}
-    parts = (globals(), vars(spec_checks), vars(mla_checks), vars(host_checks))
+    parts = (globals(), vars(spec_checks), vars(mla_checks), vars(host_checks), vars(state_checks))
     for name, check in [item for part in parts for item in part.items()]:
         if not name.startswith("check_") or release < getattr(check, "since", (0,)):
             continue
