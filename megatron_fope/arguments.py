@@ -10,7 +10,7 @@ from megatron_fope.command_line import number, one_line_errors, whole
 from megatron_fope.config import GROWTHS, IMPLEMENTATIONS, PADDINGS, PROFILES, SCALINGS, FoPEConfig, flag
 from megatron_fope.errors import UserError
 from megatron_fope.functional import INITIALIZATIONS
-from megatron_fope.host_arguments import CHECKPOINT_FORMATS, check_layout, head_dim_of
+from megatron_fope.host_arguments import CHECKPOINT_FORMATS, check_layout, check_position_ids, head_dim_of
 from megatron_fope.implementation import check_available
 
 FOPE = "fope"
@@ -285,6 +285,7 @@ def check_before_megatron(args: Any) -> None:
             f"{args.context_parallel_size}: Megatron then cuts inside documents, where positions are not "
             "defined; allowed: --context-parallel-size 1"
         )
+    check_position_ids(args)
     check_layout(args)
 
 

@@ -14,6 +14,7 @@ from megatron_fope import compat
 from megatron_fope.config import FoPEConfig
 from megatron_fope.embedding import FourierEmbedding
 from megatron_fope.errors import UserError
+from megatron_fope.position_ids import follow_models, take_position_ids
 
 _FORWARD_SIGNATURE = inspect.signature(SelfAttention.forward)
 _CONTEXT_ARGUMENTS = ("packed_seq_params", "inference_context", "inference_params", "sequence_len_offset")
@@ -55,6 +56,7 @@ class FoPESelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> None:
         check_host_config(config)
+        follow_models()
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         # Layers without position embedding (no_rope_freq) keep the coefficients unused: Megatron stacks
         # the layers of a checkpoint into one tensor, which needs the same keys in all of them.
@@ -69,10 +71,11 @@ class FoPESelfAttention(SelfAttention):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The host's ``forward``; remembers what decides the tokens' positions while it runs."""
-        call = kwargs
         if len(args) > 1:  # Megatron itself passes everything behind attention_mask by keyword
-            call = _FORWARD_SIGNATURE.bind(self, hidden_states, *args, **kwargs).arguments
-        previous = _call.set({name: call.get(name) for name in _CONTEXT_ARGUMENTS})
+            bound = _FORWARD_SIGNATURE.bind(self, hidden_states, *args, **kwargs).arguments
+            kwargs, args = {name: bound[name] for name in list(bound)[2:]}, ()
+        ids = take_position_ids(kwargs)
+        previous = _call.set({"position_ids": ids, **{name: kwargs.get(name) for name in _CONTEXT_ARGUMENTS}})
         try:
             return super().forward(hidden_states, *args, **kwargs)
         finally:
@@ -92,6 +95,7 @@ class FoPESelfAttention(SelfAttention):
                 packed_seq_params=call.get("packed_seq_params"),
                 inference_context=call.get("inference_context") or call.get("inference_params"),
                 sequence_len_offset=call.get("sequence_len_offset"),
+                position_ids=call.get("position_ids"),
             )
         else:
             query = self.fope.leave(query)

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_fope import compat, functional
 from megatron_fope.anneal import Interpolation
 from megatron_fope.config import FoPEConfig
+from megatron_fope.errors import UserError
 from megatron_fope.growth import grow_coefficients
 from megatron_fope.implementation import Case, Implementation, choose
 from megatron_fope.positions import local_positions
@@ -192,6 +193,7 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         packed_seq_params: Any = None,
         inference_context: Any = None,
         sequence_len_offset: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Rotate queries and keys.
 
@@ -204,18 +206,34 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
             inference_context: Megatron's, or None.
             sequence_len_offset: ``[b]`` int32 of static batching with CUDA graphs or flash decode; see
                 :func:`megatron_fope.positions.inference_positions`.
+            position_ids: ``[b, s]``, or ``[1, s]`` for all samples: positions of this rank's tokens, in place
+                of those that the other arguments say; None: those.
 
         Returns:
             Rotated query and key, same shapes and dtypes, new tensors.
+
+        Raises:
+            UserError: position ids of another shape.
         """
+        if position_ids is not None:
+            _check_shape(position_ids, query)
+            if position_ids.size(0) > 1:  # a row of the basis per token and sample
+                flat = [tensor.flatten(0, 1).unsqueeze(1) for tensor in (query, key)]
+                turned = self._rotate(*flat, position_ids, cp_group, None, None, None)
+                return turned[0].view(query.shape), turned[1].view(key.shape)
+        return self._rotate(
+            query, key, position_ids, cp_group, packed_seq_params, inference_context, sequence_len_offset
+        )
+
+    def _rotate(
+        self, query: Tensor, key: Tensor, position_ids: Tensor | None, *layout: Any
+    ) -> tuple[Tensor, Tensor]:
         if self.inv_freq.device != query.device:
             self.to(query.device)  # built on the CPU and not moved with the model; happens once
         between = self.interpolation
         if between is not None and not between.active:
             between = None
-        sin_basis, cos_basis = self._basis(
-            query, cp_group, packed_seq_params, inference_context, sequence_len_offset, between
-        )
+        sin_basis, cos_basis = self._basis(query, position_ids, *layout, between)
         chosen = self.implementation(query.device, query.dtype, query.size(2), key.size(2), query.size(0))
         if between is None:
             coefficients = self.coefficients(shared=chosen.keeps_tables)
@@ -228,6 +246,7 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
     def _basis(
         self,
         query: Tensor,
+        position_ids: Tensor | None,
         cp_group: Any,
         packed: Any,
         context: Any,
@@ -235,14 +254,17 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         between: Interpolation | None,
     ) -> tuple[Tensor, Tensor]:
         def build() -> tuple[Tensor, Tensor]:
-            positions = local_positions(
-                query.size(0),
-                cp_group=cp_group,
-                packed_seq_params=packed,
-                inference_context=context,
-                sequence_len_offset=offset,
-                device=query.device,
-            )
+            if position_ids is not None:
+                positions = position_ids.t().flatten().to(query.device)
+            else:
+                positions = local_positions(
+                    query.size(0),
+                    cp_group=cp_group,
+                    packed_seq_params=packed,
+                    inference_context=context,
+                    sequence_len_offset=offset,
+                    device=query.device,
+                )
             if between is not None:
                 basis = between.basis(positions)
             else:
@@ -253,7 +275,10 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         settings = (self.fope, self.head_dim, query.device, between is not None)
         layout: tuple[Any, ...] = (query.size(0),)
         tensors: tuple[Tensor | None, ...] = ()
-        if context is not None:
+        if position_ids is not None:
+            layout += ("position_ids",)
+            tensors = (position_ids,)
+        elif context is not None:
             layout += ("static" if context.is_static_batching() else "dynamic",)
             if not context.is_static_batching():
                 tensors = (compat.token_positions(context),)
@@ -292,11 +317,20 @@ class _Leave(torch.autograd.Function):
         return grad, *map(torch.zeros_like, ctx.coefficients)
 
 
+def _check_shape(position_ids: Tensor, query: Tensor) -> None:
+    tokens, samples = query.shape[:2]
+    if position_ids.dim() != 2 or position_ids.size(1) != tokens or position_ids.size(0) not in (1, samples):
+        raise UserError(
+            f"position_ids has shape {tuple(position_ids.shape)}; requires [b, s], here [{samples}, "
+            f"{tokens}] (a context-parallel rank takes those of its own tokens)"
+        )
+
+
 class _BasisCache:
     """The basis of the moment for each of a few models: made once, used by all layers.
 
-    Plain positions stay the same from step to step. Others come from tensors: packed documents bring new ones
-    with every micro-batch, an inference context writes new values into the same memory in every step. They
+    Plain positions stay the same from step to step. Others come from tensors: packed documents and position
+    ids bring new ones with every micro-batch, an inference context writes new values into the same memory in every step. They
     are recognised by their memory, which an entry keeps alive, and by PyTorch's count of writes to it.
     (Recomputation brings other tensors of the same memory.) Where writes may go uncounted, in inference, a
     basis also serves only later layers of its stack: when a layer or an earlier one comes again, it is the

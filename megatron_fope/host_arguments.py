@@ -30,6 +30,34 @@ def num_kv_heads_of(args: Any) -> int | None:
     return getattr(args, "num_query_groups" if grouped else "num_attention_heads", None)
 
 
+def check_position_ids(args: Any) -> None:
+    """Refuse settings under which position ids that start again would not reach every attention layer.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if not getattr(args, "reset_position_ids", False):
+        return
+    pipeline = getattr(args, "pipeline_model_parallel_size", None) or 1
+    cases = {
+        f"--pipeline-model-parallel-size {pipeline}: Megatron gives position ids to the first stage only": (
+            pipeline > 1
+        ),
+        "--cuda-graph-impl transformer_engine: its graphs have no input for position ids": (
+            getattr(args, "cuda_graph_impl", None) == "transformer_engine"
+            or getattr(args, "external_cuda_graph", False)
+        ),
+        "--overlap-moe-expert-parallel-comm: its schedule does not give position ids to the layers": getattr(
+            args, "overlap_moe_expert_parallel_comm", False
+        ),
+    }
+    for case, given in cases.items():
+        if given:
+            raise UserError(
+                f"--reset-position-ids is given with {case}, and FoPE's positions are absolute; leave one out"
+            )
+
+
 def check_layout(args: Any, world_name: str = "WORLD_SIZE") -> None:
     """Refuse a parallel layout into which the model, the batch or the number of processes does not divide.
 

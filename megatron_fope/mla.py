@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_fope.attention import check_host_config, stack_of
 from megatron_fope.config import FoPEConfig
 from megatron_fope.embedding import FourierEmbedding
+from megatron_fope.position_ids import follow_models, take_position_ids
 
 _SIGNATURE = inspect.signature(MLASelfAttention.get_query_key_value_tensors)
 
@@ -53,6 +54,7 @@ class FoPEMLASelfAttention(MLASelfAttention):
         **kwargs: Any,
     ) -> None:
         check_host_config(config)
+        follow_models()
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         self.fope = FourierEmbedding(
             config,
@@ -66,6 +68,13 @@ class FoPEMLASelfAttention(MLASelfAttention):
         # cos(0) = 1 and sin(0) = 0 leave what Megatron rotates bit for bit as it is.
         self.rotary_pos_emb.inv_freq = torch.zeros_like(self.rotary_pos_emb.inv_freq)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's ``forward``, which hands position ids on to where query and key are made."""
+        position_ids = take_position_ids(kwargs)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        return super().forward(*args, **kwargs)
+
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """The host's query, key and whatever follows, with the positional channels of both rotated."""
         query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
@@ -73,9 +82,7 @@ class FoPEMLASelfAttention(MLASelfAttention):
         context = call.get("inference_context") or call.get("inference_params")
         content, positional = self._split(query)
         key_content, key_positional = self._split(key)
-        turned, key_turned = self._rotate(
-            positional, self._one_head(key_positional), call.get("packed_seq_params"), context
-        )
+        turned, key_turned = self._rotate(positional, self._one_head(key_positional), call, context)
         query = torch.cat([content, turned], dim=-1)
         key = torch.cat([key_content, self._all_heads(key_turned, key_positional)], dim=-1)
         return query, key, *rest
@@ -91,7 +98,7 @@ class FoPEMLASelfAttention(MLASelfAttention):
     def _all_heads(self, key: Tensor, like: Tensor) -> Tensor:
         return key.squeeze(-2) if self.config.cache_mla_latents else key.expand_as(like)
 
-    def _rotate(self, query: Tensor, key: Tensor, packed: Any, context: Any) -> tuple[Tensor, Tensor]:
+    def _rotate(self, query: Tensor, key: Tensor, call: Any, context: Any) -> tuple[Tensor, Tensor]:
         """Rotate ``[s, b, heads, d]``, or ``[t, heads, d]`` of packed documents."""
         flat = query.dim() == 3
         if flat:
@@ -100,7 +107,8 @@ class FoPEMLASelfAttention(MLASelfAttention):
             query,
             key,
             cp_group=self.pg_collection.cp,
-            packed_seq_params=packed,
+            packed_seq_params=call.get("packed_seq_params"),
             inference_context=context,
+            position_ids=call.get("position_ids"),
         )
         return (query.squeeze(1), key.squeeze(1)) if flat else (query, key)

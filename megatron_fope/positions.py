@@ -16,6 +16,23 @@ from megatron_fope import compat
 from megatron_fope.errors import UserError
 
 
+def check_values(ok: Tensor, message: str) -> None:
+    """Require that all of ``ok`` is true, without waiting for a device.
+
+    Args:
+        ok: boolean, any shape.
+        message: one line. A GPU prints it and ends the process when it gets there.
+
+    Raises:
+        UserError: on a CPU.
+    """
+    if ok.device.type == "cpu":
+        if not ok.all():
+            raise UserError(message)
+    elif ok.device.type == "cuda":
+        torch._assert_async(ok.all(), message)
+
+
 def sequence_positions(
     num_tokens: int,
     *,

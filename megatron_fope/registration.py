@@ -35,6 +35,7 @@ from megatron_fope.checkpoint_starts import check_start
 from megatron_fope.config import FoPEConfig
 from megatron_fope.errors import UserError, exit_on_user_error
 from megatron_fope.log import announce, is_rank0
+from megatron_fope.position_ids import expect_plain_position_ids
 from megatron_fope.report import assert_fope_active, describe, layer_list
 from megatron_fope.run_checks import check_training_numbers
 
@@ -283,7 +284,10 @@ def _wrap_model(spec_arguments: tuple[str, ...], original: Callable) -> Callable
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
-        if bound.arguments.get("position_embedding_type") != FOPE:
+        given = bound.arguments.get("position_embedding_type")
+        # Megatron lets a field of this name, which configurations of other libraries have, win.
+        kind = getattr(bound.arguments["config"], "position_embedding_type", given)
+        if FOPE not in (given, kind):
             original(self, *args, **kwargs)
             return
         from megatron_fope.spec import with_fope
@@ -291,6 +295,12 @@ def _wrap_model(spec_arguments: tuple[str, ...], original: Callable) -> Callable
         global _building
         config = _config or _config_from_global_args()
         with exit_on_user_error():
+            if kind != FOPE:
+                raise UserError(
+                    f"a model is built with position_embedding_type='fope', but its config says {kind!r}, "
+                    "which wins; use 'fope' there too"
+                )
+            bound.arguments["position_embedding_type"] = FOPE
             for name in spec_arguments:
                 if bound.arguments.get(name) is not None:
                     bound.arguments[name] = with_fope(bound.arguments[name], config)
@@ -305,6 +315,8 @@ def _wrap_model(spec_arguments: tuple[str, ...], original: Callable) -> Callable
                     assert_fope_active(self)
                 except RuntimeError as error:
                     raise UserError(f"--position-embedding-type is 'fope', but {error}") from None
+            if _data_has_plain_positions():
+                expect_plain_position_ids(self)
             _announce(self)
 
     return __init__
@@ -337,6 +349,16 @@ def _config_from_global_args() -> FoPEConfig:
             'a model is built with position_embedding_type="fope" outside Megatron\'s training loop; pass '
             "the settings: register(FoPEConfig.from_profile(...))"
         ) from None
+
+
+def _data_has_plain_positions() -> bool:
+    """Whether Megatron trains, on data whose position ids are 0, 1, 2, ..."""
+    from megatron.training import get_args
+
+    try:
+        return not get_args().reset_position_ids
+    except AssertionError:
+        return False
 
 
 def _announce(model: Any) -> None:

@@ -123,14 +123,14 @@ def _implementation(attention: Any) -> Implementation:
 
 
 def assert_fope_active(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerReport]:
-    """Check that every self-attention layer has FoPE.
+    """Check that every self-attention layer has FoPE, and that nothing else embeds positions.
 
     Returns:
         The layers' reports.
 
     Raises:
         RuntimeError: a layer without FoPE, or no attention layer at all (a model built before
-            registration, for example).
+            registration, for example); rotary or learned absolute embeddings beside FoPE.
     """
     reports = describe(model)
     without = [report.name for report in reports if report.fope is None]
@@ -140,7 +140,28 @@ def assert_fope_active(model: torch.nn.Module | Iterable[torch.nn.Module]) -> li
         )
     if not reports:
         raise RuntimeError("the model has no self-attention layer")
+    for name in _other_position_embeddings(model):
+        raise RuntimeError(
+            f"the model has another position embedding besides FoPE, {name}; use "
+            "position_embedding_type='none' for models built from a layer spec (and the same in a "
+            "config.position_embedding_type, which wins over the argument)"
+        )
     return reports
+
+
+def _other_position_embeddings(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[str]:
+    """Names of what embeds positions outside the attention layers."""
+    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    found = []
+    for name, module in (item for chunk in chunks for item in chunk.named_modules()):
+        if isinstance(module, LanguageModule) and getattr(module, "rotary_pos_emb", None) is not None:
+            found.append(f"{name}.rotary_pos_emb".lstrip("."))
+        if isinstance(module, LanguageModelEmbedding) and module.add_position_embedding:
+            found.append(f"{name}.position_embeddings".lstrip("."))
+    return found
 
 
 def layer_list(model: torch.nn.Module | Iterable[torch.nn.Module]) -> str:

@@ -43,6 +43,7 @@ MODELS = {
     "documents": "--dataloader-inter-document-masking --micro-batch-size 1",
     "packed": "--sft --no-create-attention-mask-in-dataloader --calculate-per-token-loss "
     "--micro-batch-size 1",
+    "reset-position-ids": "--reset-position-ids --reset-attention-mask",
     "changing-lengths": "--moe-token-dispatcher-type alltoall --micro-batch-size 1",
 }
 """What is trained: layouts whose names share these words share one single-rank reference.
@@ -73,7 +74,6 @@ WAYS = {
     "full-recompute": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "selective-recompute": "--recompute-granularity selective",
     "fine-grained-recompute": "--recompute-granularity selective --recompute-modules core_attn mlp layernorm",
-    "reset-position-ids": "--reset-position-ids",
 }
 """How it is trained; numbers behind TP, CP, PP and DP multiply to the ranks."""
 
@@ -81,12 +81,13 @@ _TABLE = {
     "": "TP2, TP2 SP, TP4, TP4 SP, CP2, CP4, TP2 SP CP2, PP2, PP4, PP2 virtual-stages, TP2 SP PP2, PP2 CP2, "
     "DP2, DP2 distributed-optimizer, DP4 distributed-optimizer, DP2 distributed-optimizer overlapped, "
     "TP2 SP DP2 distributed-optimizer, PP2 DP2, CP2 DP2 distributed-optimizer, micro-batch-1, "
-    "full-recompute, TP2 SP full-recompute, TP2 SP selective-recompute, reset-position-ids, "
+    "full-recompute, TP2 SP full-recompute, TP2 SP selective-recompute, "
     "TP4 SP PP2, PP2 CP4, TP2 SP PP2 CP2, TP2 SP CP2 DP2 distributed-optimizer, "
     "TP2 SP PP2 CP2 DP2 distributed-optimizer",
     "no-bias": "TP2 SP fine-grained-recompute",
     "60-tokens": "CP2, PP2, TP2 SP CP2",
     "72-tokens": "CP4",
+    "reset-position-ids": "TP2 SP CP2",
     "changing-lengths": "CP2, PP2",
     "documents": "TP2 SP, PP2, PP4, DP2, full-recompute",
     "packed": "CP2, CP4, TP2 SP CP2, TP2 SP PP2, PP2 CP2, TP2 SP PP2 CP2",

@@ -166,6 +166,18 @@ HOST_FLAGS = {
         "--context-parallel-size 2",
         "allowed: --context-parallel-size 1",
     ),
+    "position ids that not every pipeline stage gets": case(
+        "--reset-position-ids --pipeline-model-parallel-size 2",
+        "--reset-position-ids is given with --pipeline-model-parallel-size 2",
+    ),
+    "position ids that the schedule drops": case(
+        "--reset-position-ids --overlap-moe-expert-parallel-comm",
+        "--reset-position-ids is given with --overlap-moe-expert-parallel-comm",
+    ),
+    "position ids that graphs drop": case(
+        "--reset-position-ids --cuda-graph-impl transformer_engine",
+        "--reset-position-ids is given with --cuda-graph-impl transformer_engine",
+    ),
 }
 
 CHECKPOINTS = {
@@ -267,6 +279,7 @@ ACCEPTED = {
     "paper": FOPE,
     "shortest train length": [*FOPE, "--fope-train-length", "7"],
     "documents without context parallelism": [*FOPE, "--dataloader-inter-document-masking"],
+    "documents whose position ids start again": [*FOPE, "--reset-position-ids", "--reset-attention-mask"],
     "no flag of FoPE": ROPE,
     "no clipping": [*FOPE, "--fope-floor-ratio", "0"],
     "largest seed": [*FOPE, "--seed", str(2**32 - 1), "--fope-seed", str(2**63 - 1)],

@@ -13,7 +13,10 @@ import pytest
 SCRIPTS = Path(__file__).parent / "scripts"
 CHECKS = [
     check
-    for file in ("model_checks.py", "spec_checks.py", "mla_checks.py", "host_checks.py", "state_checks.py")
+    for file in (
+        *("model_checks.py", "spec_checks.py", "mla_checks.py"),
+        *("host_checks.py", "state_checks.py", "position_checks.py"),
+    )
     for check in re.findall(r"^def (check_\w+)", (SCRIPTS / file).read_text(), re.MULTILINE)
 ]
 

@@ -320,6 +320,7 @@ def main() -> None:
     start()
     import host_checks
     import mla_checks
+    import position_checks
     import spec_checks
     import state_checks
 
@@ -327,8 +328,8 @@ def main() -> None:
 
     release = compat.megatron_version().release
     results = {}
-    parts = (globals(), vars(spec_checks), vars(mla_checks), vars(host_checks), vars(state_checks))
-    for name, check in [item for part in parts for item in part.items()]:
+    parts = (spec_checks, mla_checks, host_checks, state_checks, position_checks)
+    for name, check in [*globals().items(), *(item for part in parts for item in vars(part).items())]:
         if not name.startswith("check_") or release < getattr(check, "since", (0,)):
             continue
         try:
