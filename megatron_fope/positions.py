@@ -55,7 +55,13 @@ def sequence_positions(
 
     Returns:
         ``[s]`` int64.
+
+    Raises:
+        UserError: numbers that no layout has.
     """
+    _check_share(num_tokens, cp_rank, cp_size)
+    if offset < 0:
+        raise UserError(f"offset is {offset}; requires 0 or more")
     if cp_size == 1:
         return torch.arange(offset, offset + num_tokens, device=device)
     chunk = num_tokens // 2
@@ -64,11 +70,64 @@ def sequence_positions(
     return torch.where(local < chunk, cp_rank * chunk + local, last * chunk + local - chunk) + offset
 
 
+def _check_share(num_tokens: int, cp_rank: int, cp_size: int) -> None:
+    if num_tokens < 0:
+        raise UserError(f"num_tokens is {num_tokens}; requires 0 or more")
+    if cp_size < 1 or not 0 <= cp_rank < cp_size:
+        raise UserError(f"cp_rank is {cp_rank} of cp_size {cp_size}; requires 0 to cp_size - 1")
+    if cp_size > 1 and num_tokens % 2:
+        raise UserError(
+            f"a context-parallel rank has {num_tokens} tokens; requires an even number, because it holds two "
+            "chunks of the sequence"
+        )
+
+
+def check_boundaries(cu_seqlens: Tensor, total: int, multiple: int) -> None:
+    """Refuse boundaries of documents that would give plausible, but wrong positions.
+
+    Args:
+        cu_seqlens: ``[documents + 1]``.
+        total: tokens of all context-parallel ranks, where the last document must end.
+        multiple: what the length of every document must be a multiple of.
+
+    Raises:
+        UserError: naming the document; on a GPU the process ends later with the rule only.
+    """
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        kind = getattr(cu_seqlens, "dtype", type(cu_seqlens).__name__)
+        raise UserError(
+            f"cu_seqlens is {str(kind).removeprefix('torch.')}; requires a tensor of int32 or int64"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise UserError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; requires one dimension, number of documents + 1"
+        )
+    lengths = cu_seqlens.diff()
+    wrong = (lengths < 0) | (lengths % multiple != 0)
+    ok = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & ~wrong.any()
+    rule = f"requires ends from 0 to {total} tokens" + (
+        f", every length a multiple of {multiple} (twice the context-parallel ranks)" if multiple > 1 else ""
+    )
+    if ok.device.type != "cpu" or ok:
+        check_values(ok, f"cu_seqlens is no list of documents; {rule}")
+        return
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        start, end = cu_seqlens[at : at + 2].tolist()
+        raise UserError(f"document {at} of cu_seqlens has {end - start} tokens ({start} to {end}); {rule}")
+    raise UserError(
+        f"document 0 of cu_seqlens starts at {int(cu_seqlens[0])}; {rule}"
+        if cu_seqlens[0]
+        else f"document {lengths.numel() - 1} of cu_seqlens, the last, ends at {int(cu_seqlens[-1])}; {rule}"
+    )
+
+
 def packed_positions(num_tokens: int, cu_seqlens: Tensor, *, cp_rank: int = 0, cp_size: int = 1) -> Tensor:
     """Positions of one rank's share of packed documents (``thd``); every document starts at 0.
 
     Under context parallelism each document is zigzagged on its own, so its (padded) length is a multiple
-    of ``2 * cp_size``. Tokens behind the last document continue it; nothing attends to them.
+    of ``2 * cp_size``. Documents may be empty: Megatron repeats the last boundary to fill its lists.
+    Padding behind the last document is part of it, or a document of its own.
 
     Args:
         num_tokens: local tokens ``t``.
@@ -79,7 +138,14 @@ def packed_positions(num_tokens: int, cu_seqlens: Tensor, *, cp_rank: int = 0, c
 
     Returns:
         ``[t]`` int64 on the device of ``cu_seqlens``.
+
+    Raises:
+        UserError: boundaries that do not run from 0 to the number of tokens of all ranks in multiples of
+            ``2 * cp_size`` (of 1 without context parallelism). Their values are checked without waiting for a
+            GPU, which ends the process with a message when it gets there.
     """
+    _check_share(num_tokens, cp_rank, cp_size)
+    check_boundaries(cu_seqlens, num_tokens * cp_size, 1 if cp_size == 1 else 2 * cp_size)
     starts = cu_seqlens.long() // cp_size
     token = torch.arange(num_tokens, device=cu_seqlens.device)
     document = (torch.searchsorted(starts, token, right=True) - 1).clamp(0, starts.numel() - 2)
@@ -116,35 +182,33 @@ def inference_positions(
         the position of an earlier step, and Megatron drops what is computed for them.
 
     Raises:
-        ValueError: the sequences of a static batch have different offsets (checked on the CPU only, where
-            reading the tensor does not wait for a device; Megatron fills it with one number).
+        UserError: the sequences of a static batch have different offsets, or the context has fewer tokens.
     """
     if context.is_static_batching():
         if sequence_len_offset is None:
             return sequence_positions(num_tokens, offset=context.sequence_len_offset, device=device)
-        if sequence_len_offset.device.type == "cpu" and (sequence_len_offset != sequence_len_offset[0]).any():
-            raise ValueError(
-                f"sequence_len_offset is {sequence_len_offset.tolist()}; the sequences of a static batch "
-                "must have the same offset"
-            )
+        check_values(
+            sequence_len_offset == sequence_len_offset[0],
+            "sequence_len_offset differs between the sequences of a static batch; requires the same for all",
+        )
         return sequence_positions(num_tokens, device=device) + sequence_len_offset[0]
-    return compat.token_positions(context)[:num_tokens].long()
+    positions = compat.token_positions(context)[:num_tokens].long()
+    if positions.numel() != num_tokens:
+        raise UserError(
+            f"the inference context has {positions.numel()} tokens; requires the {num_tokens} of this step"
+        )
+    return positions
 
 
 def _document_boundaries(packed_seq_params: Any) -> Tensor:
     """``[documents + 1]``: where the documents of a pack start, padding included."""
-    name, cu_seqlens = "cu_seqlens_q_padded", packed_seq_params.cu_seqlens_q_padded
+    cu_seqlens = packed_seq_params.cu_seqlens_q_padded
     if cu_seqlens is None:
-        name, cu_seqlens = "cu_seqlens_q", packed_seq_params.cu_seqlens_q
+        cu_seqlens = packed_seq_params.cu_seqlens_q
     if cu_seqlens is None:
         raise UserError(
             "PackedSeqParams of qkv_format 'thd' has neither cu_seqlens_q nor cu_seqlens_q_padded; FoPE "
             "needs one of them to know where documents start"
-        )
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        raise UserError(
-            f"PackedSeqParams.{name} has shape {tuple(cu_seqlens.shape)}; allowed: one dimension, number of "
-            "documents + 1"
         )
     return cu_seqlens
 
@@ -174,7 +238,7 @@ def local_positions(
         ``[num_tokens]`` int64.
 
     Raises:
-        UserError: packed sequences without the lengths of their documents.
+        UserError: packed sequences without the lengths of their documents, or with wrong ones.
     """
     if inference_context is not None:
         return inference_positions(
@@ -185,6 +249,12 @@ def local_positions(
             cp_group = packed_seq_params.cp_group
         elif packed_seq_params.local_cp_size is not None:
             cp_group = None
+        own, size = packed_seq_params.local_cp_size, cp_group.size() if cp_group is not None else 1
+        if isinstance(own, int) and own != size:
+            raise UserError(
+                f"PackedSeqParams.local_cp_size is {own}, but its cp_group has {size} ranks; requires the "
+                "group of this sample"
+            )
     cp_rank, cp_size = (cp_group.rank(), cp_group.size()) if cp_group is not None else (0, 1)
     if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
         cu_seqlens = _document_boundaries(packed_seq_params)

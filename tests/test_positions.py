@@ -12,7 +12,13 @@ import torch
 
 from megatron_fope import compat
 from megatron_fope.errors import UserError
-from megatron_fope.positions import inference_positions, local_positions, packed_positions, sequence_positions
+from megatron_fope.positions import (
+    check_values,
+    inference_positions,
+    local_positions,
+    packed_positions,
+    sequence_positions,
+)
 
 SIZES = [1, 2, 3, 4, 8]
 
@@ -141,12 +147,99 @@ def packed(**fields: Any) -> SimpleNamespace:
     return SimpleNamespace(**{"qkv_format": "thd", **empty, **fields})
 
 
-def test_odd_packed_lengths_and_tokens_behind_the_last_document() -> None:
-    cu_seqlens = torch.tensor([0, 400, 542, 711, 727, 752, 1270, 1426])
+def test_odd_packed_lengths_and_empty_documents() -> None:
+    """Megatron repeats the last boundary to give the lists of all samples one length."""
+    cu_seqlens = torch.tensor([0, 400, 542, 542, 711, 727, 752, 1270, 1426, 1426, 1426])
     expected = torch.cat([torch.arange(n) for n in cu_seqlens.diff()])
-    got = packed_positions(1500, cu_seqlens)
-    assert torch.equal(got[:1426], expected)
-    assert torch.equal(got[1426:], torch.arange(156, 156 + 74))
+    assert torch.equal(packed_positions(1426, cu_seqlens), expected)
+
+
+GOOD = torch.tensor([0, 4, 12])
+WRONG: dict[str, Callable[[], Any]] = {
+    "document 0 of cu_seqlens has 7 tokens (0 to 7)": lambda: packed_positions(
+        4, torch.tensor([0, 7]), cp_size=2
+    ),
+    "document 0 of cu_seqlens has 5 tokens (0 to 5)": lambda: packed_positions(
+        6, torch.tensor([0, 5, 12]), cp_size=2
+    ),
+    "document 1 of cu_seqlens has 2 tokens (8 to 10)": lambda: packed_positions(
+        8, torch.tensor([0, 8, 10, 16]), cp_rank=1, cp_size=2
+    ),
+    "document 1 of cu_seqlens has -2 tokens (6 to 4)": lambda: packed_positions(
+        12, torch.tensor([0, 6, 4, 12])
+    ),
+    "document 0 of cu_seqlens starts at 4": lambda: packed_positions(8, torch.tensor([4, 8])),
+    "document 0 of cu_seqlens starts at -4": lambda: packed_positions(8, torch.tensor([-4, 4, 8])),
+    "document 1 of cu_seqlens, the last, ends at 12; requires ends from 0 to 14": lambda: packed_positions(
+        14, GOOD
+    ),
+    "document 1 of cu_seqlens, the last, ends at 12; requires ends from 0 to 11": lambda: packed_positions(
+        11, GOOD
+    ),
+    "document 1 of cu_seqlens, the last, ends at 12; requires ends from 0 to 24 tokens, every length a "
+    "multiple of 4": lambda: packed_positions(12, GOOD, cp_size=2),
+    "cu_seqlens is float32": lambda: packed_positions(12, GOOD.float()),
+    "cu_seqlens is bool": lambda: packed_positions(12, GOOD > 0),
+    "cu_seqlens is list": lambda: packed_positions(12, [0, 4, 12]),  # type: ignore[arg-type]
+    "cu_seqlens has shape (1, 3)": lambda: packed_positions(12, GOOD[None]),
+    "cu_seqlens has shape (1,)": lambda: packed_positions(12, GOOD[:1]),
+    "cu_seqlens has shape (0,)": lambda: packed_positions(12, GOOD[:0]),
+    "cp_rank is 2 of cp_size 2": lambda: packed_positions(6, GOOD, cp_rank=2, cp_size=2),
+    "cp_rank is -1 of cp_size 2": lambda: sequence_positions(4, cp_rank=-1, cp_size=2),
+    "cp_rank is 0 of cp_size 0": lambda: sequence_positions(4, cp_size=0),
+    "cp_rank is 1 of cp_size 1": lambda: sequence_positions(4, cp_rank=1),
+    "a context-parallel rank has 3 tokens": lambda: sequence_positions(3, cp_size=2),
+    "a context-parallel rank has 5 tokens": lambda: local_positions(5, cp_group=Group(1, 2)),
+    "num_tokens is -1": lambda: sequence_positions(-1),
+    "offset is -1": lambda: sequence_positions(4, offset=-1),
+    "local_cp_size is 2, but its cp_group has 1 ranks": lambda: local_positions(
+        12, packed_seq_params=packed(cu_seqlens_q=GOOD, local_cp_size=2)
+    ),
+    "local_cp_size is 4, but its cp_group has 2 ranks": lambda: local_positions(
+        6, packed_seq_params=packed(cu_seqlens_q=GOOD, local_cp_size=4, cp_group=Group(0, 2))
+    ),
+    "sequence_len_offset differs": lambda: inference_positions(
+        1, STATIC, sequence_len_offset=torch.tensor([3, 4])
+    ),
+    "the inference context has 2 tokens; requires the 3": lambda: inference_positions(
+        3, SimpleNamespace(is_static_batching=lambda: False, token_to_pos_ids=torch.tensor([1, 2]))
+    ),
+}
+STATIC = SimpleNamespace(is_static_batching=lambda: True, sequence_len_offset=3)
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_layouts_are_refused(text: str) -> None:
+    with pytest.raises(UserError) as error:
+        WRONG[text]()
+    assert text in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_boundaries_are_accepted_exactly_when_they_make_documents(size: int) -> None:
+    """Every pair of inner boundaries of a pack of ``12 * size`` tokens."""
+    total, multiple = 12 * size, 1 if size == 1 else 2 * size
+    for first, second in itertools.product(range(-1, total + 2), repeat=2):
+        lengths = (first, second - first, total - second)
+        good = all(n >= 0 and n % multiple == 0 for n in lengths)
+        cu_seqlens = torch.tensor([0, first, second, total])
+        if good:
+            got = packed_positions(12, cu_seqlens, cp_rank=size - 1, cp_size=size)
+            documents = [torch.arange(n) for n in lengths]
+            cut = [zigzag(d, size - 1, size) if size > 1 and len(d) else d for d in documents]
+            assert torch.equal(got, torch.cat(cut))
+        else:
+            with pytest.raises(UserError):
+                packed_positions(12, cu_seqlens, cp_rank=size - 1, cp_size=size)
+
+
+def test_values_on_a_gpu_are_checked_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device gets the check as one more kernel; nothing is read back."""
+    given: list[Any] = []
+    monkeypatch.setattr(torch, "_assert_async", lambda *args: given.append(args))
+    ok = SimpleNamespace(device=torch.device("cuda"), all=lambda: "all")
+    check_values(ok, "message")  # type: ignore[arg-type]
+    assert given == [("all", "message")]
 
 
 def test_padded_lengths_win_over_unpadded_ones() -> None:
@@ -161,8 +254,8 @@ def test_padded_lengths_win_over_unpadded_ones() -> None:
     ("fields", "part"),
     [
         ({}, "neither cu_seqlens_q nor cu_seqlens_q_padded"),
-        ({"cu_seqlens_q": torch.tensor([[0, 3, 8]])}, "cu_seqlens_q has shape (1, 3)"),
-        ({"cu_seqlens_q_padded": torch.tensor([0])}, "cu_seqlens_q_padded has shape (1,)"),
+        ({"cu_seqlens_q": torch.tensor([[0, 3, 8]])}, "cu_seqlens has shape (1, 3)"),
+        ({"cu_seqlens_q_padded": torch.tensor([0])}, "cu_seqlens has shape (1,)"),
     ],
 )
 def test_missing_document_lengths_are_named(fields: dict[str, torch.Tensor], part: str) -> None:
