@@ -198,6 +198,9 @@ def _wrap_validate_args(original: Callable) -> Callable:
             _validating = None
             args.position_embedding_type = FOPE
             args.apply_rope_fusion = False
+        # True of FoPE. A checkpoint stores it, and a Megatron without this package, where it is always True,
+        # compares it and refuses to go on from the checkpoint, which it would train without positions.
+        args.add_position_embedding = False
         with exit_on_user_error():
             resolve_fope_arguments(args, _config)  # heterogeneous models get their sizes only now
         return result
@@ -254,7 +257,13 @@ def _wrap_load_base_checkpoint(original: Callable) -> Callable:
         for name in list(options)[:2]:
             del options[name]
         with exit_on_user_error():
-            return load_base_checkpoint(original, load_dir, args, options)
+            result = load_base_checkpoint(original, load_dir, args, options)
+        stored = result[0].get("args") if result[0] else None
+        if stored is not None and getattr(args, "position_embedding_type", None) == FOPE:
+            stored.add_position_embedding = (
+                args.add_position_embedding
+            )  # what a start from RoPE has is another
+        return result
 
     return _load_base_checkpoint
 

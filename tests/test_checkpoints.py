@@ -13,6 +13,7 @@ from megatron_fope.config import FoPEConfig
 
 pytestmark = pytest.mark.launch
 
+ROPE = ("--position-embedding-type", "rope")
 ASYNC = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
 DIST = "--use-distributed-optimizer"
 KILL = ROOT / "tests" / "scripts" / "kill_while_saving"
@@ -79,6 +80,24 @@ def test_the_random_state_matters(trainer: Trainer, whole: Run) -> None:
         "--no-load-rng",
     )  # fmt: skip
     assert resumed.curve()[3] != whole.curve()[3]
+
+
+WITHOUT = "import megatron_fope.registration as registration; registration.register = lambda: None"
+"""A hook that leaves Megatron as it is, on the CPU."""
+
+
+@pytest.mark.parametrize("flags", [ROPE, ("--use-checkpoint-args",)], ids=["resume", "checkpoint-args"])
+def test_megatron_without_this_package_does_not_go_on(
+    flags: tuple[str, ...], trainer: Trainer, whole: Run
+) -> None:
+    """It would train without positions and say nothing."""
+    name = f"without {flags[-1]}"
+    run = trainer.run(name, *flags, *DROPOUT, "--load", str(whole.folder), hook=WITHOUT, check=False)
+    expected = "add_position_embedding value from checkpoint (False)" if flags == ROPE else (
+        "--no-position-embedding is deprecated"
+    )  # fmt: skip
+    assert run.code and expected in run.log, run.log[-3000:]
+    assert not run.folder.exists() or not list(run.folder.glob("iter_*"))
 
 
 def test_legacy_format(trainer: Trainer) -> None:

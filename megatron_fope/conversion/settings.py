@@ -78,7 +78,7 @@ def plan(
         raise UserError(f"{START_FROM_ROPE} is {start!r}; allowed: for a SOURCE of RoPE that becomes FoPE")
     if position_embedding_type == ROPE:
         return _to_rope(checkpoint, args, given, old)
-    args.position_embedding_type = FOPE
+    args.position_embedding_type, args.add_position_embedding = FOPE, False
     for field in FIELDS:
         value = given.get(field.name)
         if value is None and old is not None:
@@ -135,7 +135,7 @@ def _to_rope(checkpoint: Checkpoint, args: Any, given: dict[str, Any], old: FoPE
     if given:
         name = next(iter(given)).replace("_", "-")
         raise UserError(f"--fope-{name} is given, but --position-embedding-type is 'rope'; leave it out")
-    args.position_embedding_type = ROPE
+    args.position_embedding_type, args.add_position_embedding = ROPE, True
     for name in [name for name in vars(args) if name.startswith("fope_")]:
         delattr(args, name)
     return Settings(args, old, None)
