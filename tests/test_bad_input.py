@@ -173,10 +173,12 @@ HOST_FLAGS = {
     "position ids that the schedule drops": case(
         "--reset-position-ids --overlap-moe-expert-parallel-comm",
         "--reset-position-ids is given with --overlap-moe-expert-parallel-comm",
+        complete=False,
     ),
     "position ids that graphs drop": case(
         "--reset-position-ids --cuda-graph-impl transformer_engine",
         "--reset-position-ids is given with --cuda-graph-impl transformer_engine",
+        complete=False,
     ),
 }
 
