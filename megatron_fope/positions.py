@@ -7,6 +7,7 @@ ranks count in Megatron's zigzag order. Everything here stays on the device: no 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,19 +17,20 @@ from megatron_fope import compat
 from megatron_fope.errors import UserError
 
 
-def check_values(ok: Tensor, message: str) -> None:
+def check_values(ok: Tensor, message: str, explain: Callable[[], str] | None = None) -> None:
     """Require that all of ``ok`` is true, without waiting for a device.
 
     Args:
         ok: boolean, any shape.
         message: one line. A GPU prints it and ends the process when it gets there.
+        explain: makes the message where values can be read.
 
     Raises:
         UserError: on a CPU.
     """
     if ok.device.type == "cpu":
         if not ok.all():
-            raise UserError(message)
+            raise UserError(explain() if explain else message)
     elif ok.device.type == "cuda":
         torch._assert_async(ok.all(), message)
 
@@ -108,18 +110,18 @@ def check_boundaries(cu_seqlens: Tensor, total: int, multiple: int) -> None:
     rule = f"requires ends from 0 to {total} tokens" + (
         f", every length a multiple of {multiple} (twice the context-parallel ranks)" if multiple > 1 else ""
     )
-    if ok.device.type != "cpu" or ok:
-        check_values(ok, f"cu_seqlens is no list of documents; {rule}")
-        return
-    if wrong.any():
-        at = int(wrong.nonzero()[0])
-        start, end = cu_seqlens[at : at + 2].tolist()
-        raise UserError(f"document {at} of cu_seqlens has {end - start} tokens ({start} to {end}); {rule}")
-    raise UserError(
-        f"document 0 of cu_seqlens starts at {int(cu_seqlens[0])}; {rule}"
-        if cu_seqlens[0]
-        else f"document {lengths.numel() - 1} of cu_seqlens, the last, ends at {int(cu_seqlens[-1])}; {rule}"
-    )
+
+    def explain() -> str:
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            start, end = cu_seqlens[at : at + 2].tolist()
+            return f"document {at} of cu_seqlens has {end - start} tokens ({start} to {end}); {rule}"
+        start, end = cu_seqlens[0].item(), cu_seqlens[-1].item()
+        if start:
+            return f"document 0 of cu_seqlens starts at {start}; {rule}"
+        return f"document {lengths.numel() - 1} of cu_seqlens, the last, ends at {end}; {rule}"
+
+    check_values(ok, f"cu_seqlens holds other documents than the tokens; {rule}", explain)
 
 
 def packed_positions(num_tokens: int, cu_seqlens: Tensor, *, cp_rank: int = 0, cp_size: int = 1) -> Tensor:
@@ -189,7 +191,8 @@ def inference_positions(
             return sequence_positions(num_tokens, offset=context.sequence_len_offset, device=device)
         check_values(
             sequence_len_offset == sequence_len_offset[0],
-            "sequence_len_offset differs between the sequences of a static batch; requires the same for all",
+            "sequence_len_offset differs between the sequences of a static batch; requires one number",
+            lambda: f"sequence_len_offset is {sequence_len_offset.tolist()}; requires one number",
         )
         return sequence_positions(num_tokens, device=device) + sequence_len_offset[0]
     positions = compat.token_positions(context)[:num_tokens].long()

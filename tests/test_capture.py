@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_fope import compat, embedding
+from megatron_fope import compat, embedding, positions
 from megatron_fope.config import FoPEConfig
 from megatron_fope.embedding import FourierEmbedding
 
@@ -57,10 +57,10 @@ def queries_and_keys(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def packed(device: str, **fields: Any) -> dict[str, Any]:
-    """``PackedSeqParams`` of two documents."""
+def packed(device: str, ranks: int = 1, **fields: Any) -> dict[str, Any]:
+    """``PackedSeqParams`` of two documents on so many context-parallel ranks."""
     empty = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_q_padded", "cp_group", "local_cp_size"))
-    lengths = torch.tensor([0, 8, 2 * TOKENS], dtype=torch.int32).to(device)
+    lengths = torch.tensor([0, 8, ranks * TOKENS], dtype=torch.int32).to(device)
     params = {"qkv_format": "thd", **empty, "cu_seqlens_q": lengths, **fields}
     return {"packed_seq_params": SimpleNamespace(**params)}
 
@@ -95,21 +95,26 @@ CALLS: dict[str, Callable[[str], dict[str, Any]]] = {
     "context parallel": lambda device: {"cp_group": GROUP},
     "packed": packed,
     "packed, padded, context parallel": lambda device: {
-        **packed(device, cu_seqlens_q_padded=torch.tensor([0, 12, 2 * TOKENS]).to(device)),
+        **packed(device, 2, cu_seqlens_q_padded=torch.tensor([0, 12, 2 * TOKENS]).to(device)),
         "cp_group": GROUP,
     },
-    "packed, own group": lambda device: packed(device, cp_group=GROUP, local_cp_size=2),
+    "packed, own group": lambda device: packed(device, 2, cp_group=GROUP, local_cp_size=2),
     "static batching": static,
     "static batching, offset in a tensor": lambda device: {
         **static(device),
         "sequence_len_offset": torch.full((3,), 37, dtype=torch.int32).to(device),
     },
     "dynamic batching": dynamic,
+    "position ids": lambda device: {"position_ids": torch.arange(TOKENS).add(3)[None].to(device)},
 }
 
 
-ON_CPU = [call for call in CALLS if call != "static batching, offset in a tensor"]
-"""There, and only there, the offsets are read and compared."""
+@pytest.fixture(autouse=True)
+def values_are_checked_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU reads them; these tests let it stand for a GPU."""
+    monkeypatch.setattr(
+        positions, "check_values", lambda ok, message, explain=None: torch._assert_async(ok.all(), message)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +123,7 @@ def empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("learnable", [False, True])
-@pytest.mark.parametrize("call", ON_CPU)
+@pytest.mark.parametrize("call", CALLS)
 def test_no_value_is_read(call: str, learnable: bool) -> None:
     """On the CPU with real values, forward and backward."""
     fope, (query, key) = module("cpu", learnable=learnable), queries_and_keys("cpu")
@@ -130,7 +135,7 @@ def test_no_value_is_read(call: str, learnable: bool) -> None:
 
 @pytest.mark.parametrize("learnable", [False, True])
 @pytest.mark.parametrize(
-    ("call", "device"), [*((call, "cuda") for call in CALLS), *((call, "cpu") for call in ON_CPU)]
+    ("call", "device"), [*((call, "cuda") for call in CALLS), *((call, "cpu") for call in CALLS)]
 )
 def test_runs_without_values(call: str, learnable: bool, device: str) -> None:
     """Forward and backward on the CPU; forward on a GPU, where autograd would need a real one."""

@@ -198,7 +198,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "local_cp_size is 4, but its cp_group has 2 ranks": lambda: local_positions(
         6, packed_seq_params=packed(cu_seqlens_q=GOOD, local_cp_size=4, cp_group=Group(0, 2))
     ),
-    "sequence_len_offset differs": lambda: inference_positions(
+    "sequence_len_offset is [3, 4]; requires": lambda: inference_positions(
         1, STATIC, sequence_len_offset=torch.tensor([3, 4])
     ),
     "the inference context has 2 tokens; requires the 3": lambda: inference_positions(
