@@ -171,12 +171,12 @@ HOST_FLAGS = {
         "--reset-position-ids is given with --pipeline-model-parallel-size 2",
     ),
     "position ids that the schedule drops": case(
-        "--reset-position-ids --overlap-moe-expert-parallel-comm",
+        "--reset-position-ids --overlap-moe-expert-parallel-comm --transformer-impl local",
         "--reset-position-ids is given with --overlap-moe-expert-parallel-comm",
         complete=False,
     ),
     "position ids that graphs drop": case(
-        "--reset-position-ids --cuda-graph-impl transformer_engine",
+        "--reset-position-ids --cuda-graph-impl transformer_engine --transformer-impl local",
         "--reset-position-ids is given with --cuda-graph-impl transformer_engine",
         complete=False,
     ),
