@@ -72,10 +72,12 @@ class SyntheticCheckpoint:
             num_layers=layers, hidden_size=hidden, num_attention_heads=hidden // head_dim,
             group_query_attention=True, num_query_groups=2, kv_channels=head_dim, seq_length=64,
             max_position_embeddings=64, position_embedding_type="rope", rotary_base=10000,
+            add_position_embedding=True,
             multi_latent_attention=False, no_save_optim=None, ckpt_format="torch_dist",
         )  # fmt: skip
         if fope is not None:
             self.args.position_embedding_type = "fope"
+            self.args.add_position_embedding = False
             for field in FIELDS:
                 setattr(self.args, f"fope_{field.name}", getattr(fope, field.name))
             resolve_fope_arguments(self.args, fope)

@@ -45,7 +45,9 @@ def test_rope_to_fope(rope: SyntheticCheckpoint, tmp_path: Path) -> None:
         value = made.read_tensor(f"decoder.layers.self_attention.fope.{leaf}")
         fresh = [config.make_coefficients(2, 16, layer=layer)[leaf] for layer in range(1, 5)]
         assert torch.equal(value, torch.stack(fresh))
-    old = {key: value for key, value in vars(rope.args).items() if key != "position_embedding_type"}
+    changed = ("position_embedding_type", "add_position_embedding")
+    old = {key: value for key, value in vars(rope.args).items() if key not in changed}
+    assert not made.args.add_position_embedding, "a Megatron without this package compares it and refuses"
     assert old.items() <= vars(made.args).items(), "the other arguments are the source's"
     source = open_checkpoint(rope.folder, name="source")
     for index, place in source.metadata.storage_data.items():
