@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_fope import compat
+from megatron_fope import compat, position_ids
 from megatron_fope.errors import UserError
 from megatron_fope.positions import (
     check_values,
@@ -301,3 +301,36 @@ def test_dynamic_inference_reads_the_device_copy_where_there_is_one() -> None:
     old = SimpleNamespace(is_static_batching=lambda: False, token_to_pos_ids=device_copy)
     for context in (new, old):
         assert inference_positions(5, context).tolist() == [5, 0, 1, 2, 9]
+
+
+def test_on_a_gpu_position_ids_are_compared_where_nobody_says_that_they_are_plain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The meta device stands for a GPU: nothing can be read there."""
+    checks: list[str] = []
+    monkeypatch.setattr(position_ids, "check_values", lambda ok, message: checks.append(message))
+
+    def told(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
+        checks.clear()
+        return position_ids._ids_to_honour(model, {"position_ids": ids})
+
+    def model(stages: int) -> SimpleNamespace:
+        return SimpleNamespace(pg_collection=SimpleNamespace(pp=Group(0, stages), cp=Group(0, 1)))
+
+    ids = torch.arange(4, device="meta").repeat(2, 1)
+    assert told(model(1), ids) is ids, "a library's model: they may be anything"
+    assert told(model(1), ids[:1].expand(2, -1)).shape == (1, 4)
+    trained = model(1)
+    position_ids.expect_plain_position_ids(trained)
+    assert told(trained, ids) is None and "--reset-position-ids is not given" in checks[-1]
+    assert told(trained, ids) is None and not checks, "only the first are compared"
+    stage = model(2)
+    for _ in range(2):
+        assert told(stage, ids) is None and "pipeline parallelism" in checks[-1]
+
+
+def test_pipeline_stages_refuse_position_ids_that_others_do_not_get() -> None:
+    stage = SimpleNamespace(pg_collection=SimpleNamespace(pp=Group(0, 2), cp=Group(0, 1)))
+    assert position_ids._ids_to_honour(stage, {"position_ids": torch.arange(4)[None]}) is None
+    with pytest.raises(UserError, match="pipeline parallelism"):
+        position_ids._ids_to_honour(stage, {"position_ids": torch.tensor([[0, 1, 0, 1]])})
