@@ -330,11 +330,11 @@ class _BasisCache:
     """The basis of the moment for each of a few models: made once, used by all layers.
 
     Plain positions stay the same from step to step. Others come from tensors: packed documents and position
-    ids bring new ones with every micro-batch, an inference context writes new values into the same memory in every step. They
-    are recognised by their memory, which an entry keeps alive, and by PyTorch's count of writes to it.
-    (Recomputation brings other tensors of the same memory.) Where writes may go uncounted, in inference, a
-    basis also serves only later layers of its stack: when a layer or an earlier one comes again, it is the
-    next step.
+    ids bring new ones with every micro-batch, an inference context writes new values into the same memory in
+    every step. They are recognised by their memory, which an entry keeps alive, and by PyTorch's count of
+    writes to it. (Recomputation brings other tensors of the same memory.) Where writes may go uncounted, in
+    inference, a basis also serves only later layers of its stack: when a layer or an earlier one comes again,
+    it is the next step.
 
     A graph that is being captured may read a basis of plain positions, which is then kept for good. Others it
     must make itself, in each layer, because it will be replayed with other values in the same memory.
