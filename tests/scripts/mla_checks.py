@@ -133,6 +133,34 @@ def check_mla_recomputation_gives_the_same_gradients() -> None:
             torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-7)
 
 
+def check_mla_recomputation_keeps_no_more_than_megatrons_own() -> None:
+    """Bytes that a step keeps for its backward pass: what is rotated is recomputed with what it came from."""
+    import torch
+
+    def kept(fope: Any) -> int:
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["mla_up_proj"]}
+        model = mla_model(fope, **recompute)
+        model.train()
+        saved: dict[int, Any] = {}
+
+        def keep(tensor: Any) -> Any:
+            storage = tensor.untyped_storage()
+            saved[storage._cdata] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = run(model, *tokens()).square().mean()
+        held = [*model.parameters(), *model.buffers()]
+        own = {tensor.untyped_storage()._cdata for tensor in held}
+        total = sum(storage.nbytes() for address, storage in saved.items() if address not in own)
+        loss.backward()
+        return total
+
+    most = kept(None)
+    assert kept(fope_config()) <= 1.02 * most
+    assert kept(fope_config(learnable=True)) <= 1.02 * most
+
+
 def check_mla_cached_decoding_equals_the_full_forward() -> None:
     """Static batching: a chunk, then token by token; the cache holds rotated keys."""
     import torch
