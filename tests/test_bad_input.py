@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import test_bad_commands
 from bad_numbers import MEGATRON, NUMBERS
 
 from megatron_fope import cli, compat
@@ -538,3 +539,12 @@ def test_cpu_flag_in_front_reaches_the_evaluation(monkeypatch: pytest.MonkeyPatc
     for front in ([], ["--cpu"]):
         assert cli.main([*front, *argv]) == 0
     assert seen == [False, True]
+
+
+def test_how_many_are_tried() -> None:
+    """Distinct bad inputs of all tables, each of which must end in one line."""
+    tables = [value for name, value in vars(test_bad_commands).items() if name.startswith("NONSENSE_")]
+    assert len(tables) == 5
+    tried = len(CASES) + sum(map(len, tables))
+    print(f"{tried} bad inputs are tried")
+    assert tried >= 350
