@@ -196,5 +196,6 @@ class Interpolation(KeepsPrecision):
         constant = F.pad(coefficients.new_zeros(heads, 1, d_out), (0, padded), value=pad)
         fope = torch.cat((F.pad(coefficients, (0, padded)), constant), dim=1)
         rope = torch.eye(self.half, dtype=fope.dtype, device=fope.device).expand(heads, -1, -1)
+        rope = rope * self.fope.attention_scaling
         weight = self.weight.data  # no count of writes, as for frozen coefficients in FourierEmbedding
         return torch.cat(((1.0 - weight) * rope, weight * fope), dim=1)

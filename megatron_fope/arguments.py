@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from typing import Any
 
 from megatron_fope.command_line import number, one_line_errors, whole
@@ -12,6 +13,7 @@ from megatron_fope.errors import UserError
 from megatron_fope.functional import INITIALIZATIONS
 from megatron_fope.host_arguments import CHECKPOINT_FORMATS, check_layout, check_position_ids, head_dim_of
 from megatron_fope.implementation import check_available
+from megatron_fope.log import announce
 
 FOPE = "fope"
 """The value of ``--position-embedding-type``."""
@@ -174,12 +176,19 @@ def fope_config_from_args(args: Any) -> FoPEConfig:
     train_length = given.pop("train_length", args.seq_length)
     if getattr(args, "fope_start_from_rope", None) == "clip-only":
         given = _CLIP_ONLY | given
-    if getattr(args, "use_rope_scaling", False) and "scaling" not in given:
-        # What RoPE would do under the same flag (megatron.core RotaryEmbedding, 8192 is built in there).
-        given |= {"scaling": "llama3", "scaling_factor": args.rope_scaling_factor, "original_length": 8192}
+    if "scaling" not in given and _scales_rope(args):
+        from megatron_fope.rope import scaling_of  # imports Megatron
+
+        given = scaling_of(args) | given
     return FoPEConfig.from_profile(
         profile, train_length=train_length, rotary_base=float(args.rotary_base), **given
     )
+
+
+def _scales_rope(args: Any) -> bool:
+    """Whether Megatron's own flags ask for other frequencies than those of the base."""
+    interpolated = getattr(args, "rotary_seq_len_interpolation_factor", None) is not None
+    return interpolated or bool(getattr(args, "use_rope_scaling", False))
 
 
 def fope_config_of_checkpoint(stored: Any, args: Any) -> FoPEConfig:
@@ -209,6 +218,10 @@ def resolve_fope_arguments(args: Any, config: FoPEConfig | None = None) -> None:
     head_dim = head_dim_of(args)
     if args.position_embedding_type != FOPE or head_dim is None or not args.seq_length:
         return
+    if config is None and args.fope_scaling is None and _scales_rope(args):
+        from megatron_fope.rope import ignored_flags
+
+        announce(*ignored_flags(args))
     config = config or fope_config_from_args(args)
     config.check_model(head_dim)
     for field in FIELDS:
@@ -219,21 +232,52 @@ def resolve_fope_arguments(args: Any, config: FoPEConfig | None = None) -> None:
     check_available(config.implementation)
 
 
-def check_command_line(argv: list[str]) -> None:
-    """Refuse RoPE's fused kernels by name.
+def given_flags(argv: list[str] | None = None) -> set[str]:
+    """The flags on a command line, whatever their values; Megatron's parser knows no abbreviations.
 
-    Their values tell nothing, because Megatron's default is on for one of them, and the releases that have no
-    such flags would answer with hundreds of lines of usage.
+    Args:
+        argv: the words; None: those of this process.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    return {word.partition("=")[0] for word in words if word.startswith("--")}
+
+
+_WITHOUT_USE = {
+    "--apply-rope-fusion": "FoPE cannot use RoPE's fused kernels; leave it out",
+    "--fused-single-qkv-rope": "FoPE cannot use RoPE's fused kernels; leave it out",
+    "--use-rotary-position-embeddings": f"--position-embedding-type is {FOPE}; leave it out",
+    "--yarn-original-max-position-embeddings": "FoPE has a flag of its own; use --fope-original-length",
+    "--yarn-beta-fast": "FoPE has a flag of its own; use --fope-yarn-beta-fast",
+    "--yarn-beta-slow": "FoPE has a flag of its own; use --fope-yarn-beta-slow",
+    "--yarn-correction-range-round-to-int": "FoPE's YaRN always rounds; leave it out",
+    "--no-yarn-correction-range-round-to-int": "FoPE's YaRN always rounds; leave it out",
+    "--yaml-cfg": "Megatron then ignores all other flags; use flags instead of the file",
+}
+"""Flags that would be ignored beside FoPE without a word, and what to do."""
+
+
+def check_command_line(argv: list[str]) -> None:
+    """Refuse by name the flags that FoPE would ignore.
+
+    Their values tell nothing: Megatron's default is on for one of them, and the releases that have no such
+    flags would answer with hundreds of lines of usage.
 
     Raises:
         UserError: one of them is given together with FoPE.
     """
     if FOPE not in argv and f"--position-embedding-type={FOPE}" not in argv:
         return
-    for word in argv:
-        name = word.partition("=")[0]
-        if name in ("--apply-rope-fusion", "--fused-single-qkv-rope"):
-            raise UserError(f"{name} is given, but FoPE cannot use RoPE's fused kernels; leave it out")
+    given = given_flags(argv)
+    for name, advice in _WITHOUT_USE.items():
+        if name in given:
+            raise UserError(f"{name} is given, but {advice}")
+    if "--multi-latent-attention" not in given:
+        for name in ("--rotary-scaling-factor", "--mscale", "--mscale-all-dim"):
+            if name in given:
+                raise UserError(
+                    f"{name} is given, which has an effect on YaRN and latent attention only; use "
+                    "--fope-scaling-factor or --fope-attention-scaling with --fope-scaling yarn"
+                )
 
 
 def check_before_megatron(args: Any) -> None:

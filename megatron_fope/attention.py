@@ -10,7 +10,7 @@ from typing import Any
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_fope import compat
+from megatron_fope import compat, functional
 from megatron_fope.config import FoPEConfig
 from megatron_fope.embedding import FourierEmbedding
 from megatron_fope.errors import UserError
@@ -86,6 +86,8 @@ class FoPESelfAttention(SelfAttention):
         query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
         if self.fope_rotates:
             call = _call.get()
+            if self.config.rotary_interleaved:
+                query, key = functional.pairs_to_halves(query), functional.pairs_to_halves(key)
             if self.fope.fope.learnable:
                 query, key = (compat.survives_offloading(t, rest[0], self) for t in (query, key))
             query, key = self.fope(
@@ -131,6 +133,7 @@ def check_host_config(config: Any) -> None:
             raise UserError(f"{flag} is given, but FoPE {why}; leave it out with FoPE")
 
     if getattr(config, "multi_latent_attention", False):
+        refuse("rotary_interleaved", "--rotary-interleaved", "pairs the channels of MLA as Megatron does")
         refuse(
             "mla_down_proj_fusion", "--mla-down-proj-fusion", "has no class of its own for fused projections"
         )
@@ -151,7 +154,6 @@ def check_host_config(config: Any) -> None:
             f"--hybrid-layer-pattern is {pattern!r}, but FoPE supports multi-latent attention in GPT models "
             f"only; allowed: a pattern without {symbol}"
         )
-    refuse("rotary_interleaved", "--rotary-interleaved", "pairs channel j with j + head_dim/2")
     refuse("apply_rope_fusion", "--apply-rope-fusion", "cannot use RoPE's fused kernel")
     refuse("fused_single_qkv_rope", "--fused-single-qkv-rope", "cannot use RoPE's fused kernel")
     refuse("mrope_section", "--mrope-section", "has no multimodal sections")

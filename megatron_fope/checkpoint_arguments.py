@@ -12,6 +12,7 @@ from megatron_fope.arguments import (
     START_FROM_ROPE,
     fope_config_from_args,
     fope_config_of_checkpoint,
+    given_flags,
     given_fope_arguments,
 )
 from megatron_fope.checkpoint_starts import (
@@ -23,6 +24,7 @@ from megatron_fope.checkpoint_starts import (
 from megatron_fope.config import FoPEConfig, flag
 from megatron_fope.errors import UserError
 from megatron_fope.host_arguments import num_kv_heads_of
+from megatron_fope.rope import ROPE_TYPES
 
 
 def position_type_if_given(args: Any) -> str | None:
@@ -31,7 +33,13 @@ def position_type_if_given(args: Any) -> str | None:
     return None if value == "learned_absolute" else value
 
 
-def adopt_checkpoint_arguments(args: Any, checkpoint_args: Any, where: str, asked: str | None) -> None:
+_OVERWRITTEN = ("rotary_base", "rotary_percent", "rotary_interleaved", "num_query_groups")
+"""Arguments that change FoPE's numbers and that ``--use-checkpoint-args`` takes from the checkpoint."""
+
+
+def adopt_checkpoint_arguments(
+    args: Any, checkpoint_args: Any, where: str, asked: str | None, before: Any
+) -> None:
     """``--use-checkpoint-args``: take FoPE's settings from a checkpoint.
 
     Args:
@@ -39,10 +47,18 @@ def adopt_checkpoint_arguments(args: Any, checkpoint_args: Any, where: str, aske
         checkpoint_args: the arguments stored in the checkpoint.
         where: its folder, for messages.
         asked: ``--position-embedding-type`` before Megatron overwrote it from the checkpoint.
+        before: all arguments before Megatron overwrote some.
 
     Raises:
         UserError: a flag that was given and says something else.
     """
+    if getattr(args, "fope_change_rotary_base", None):
+        args.rotary_base = before.rotary_base
+    if FOPE in (asked, getattr(checkpoint_args, "position_embedding_type", None)):
+        for name in _OVERWRITTEN:
+            text, value = f"--{name.replace('_', '-')}", getattr(before, name, None)
+            if text in given_flags() and value != getattr(args, name, None):
+                _refuse_difference(text, value, getattr(args, name), where)
     if starts_from_rope(args, checkpoint_args, asked):
         args.position_embedding_type = FOPE
         return
@@ -110,6 +126,29 @@ def check_against_checkpoint(
     for text, value, stored in values:
         if value is not None and stored is not None and value != stored:
             _refuse_difference(text, value, stored, where)
+    _check_positions(args, checkpoint_args, where)
+
+
+def _check_positions(args: Any, checkpoint_args: Any, where: str) -> None:
+    """Refuse another use of positions by Megatron itself, which the shapes of weights do not show."""
+    names = ["rotary_interleaved", "no_rope_freq"]
+    if getattr(args, "multi_latent_attention", False):
+        names += ["rotary_scaling_factor", "mscale_all_dim"]  # factors of the attention scores
+    for name in names:
+        if not hasattr(args, name) or not hasattr(checkpoint_args, name):
+            continue
+        value, stored = getattr(args, name), getattr(checkpoint_args, name)
+        if name == "no_rope_freq":
+            value, stored = (_unrotated(of, args.num_layers) for of in (value, stored))
+        if value != stored:
+            _refuse_difference(f"--{name.replace('_', '-')}", value, stored, where)
+
+
+def _unrotated(no_rope_freq: int | list[int] | None, num_layers: int | None) -> list[int] | None:
+    """1 for every layer without positions, as Megatron expands ``--no-rope-freq``."""
+    if isinstance(no_rope_freq, int) and num_layers:
+        return [int((layer + 1) % no_rope_freq == 0) for layer in range(num_layers)]
+    return no_rope_freq
 
 
 def check_legacy_layout(args: Any, checkpoint_args: Any, where: str) -> None:
@@ -135,7 +174,7 @@ def check_position_type(asked: str | None, checkpoint_args: Any, where: str) -> 
     """
     stored = getattr(checkpoint_args, "position_embedding_type", None)
     if stored is not None and asked is not None and asked != stored and FOPE in (asked, stored):
-        hint = f"; {START_FROM_ROPE} continues it with fresh coefficients" if stored == "rope" else ""
+        hint = f"; {START_FROM_ROPE} continues it with fresh coefficients" if stored in ROPE_TYPES else ""
         _refuse_difference("--position-embedding-type", asked, stored, where, hint)
 
 

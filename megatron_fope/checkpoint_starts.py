@@ -16,6 +16,7 @@ from megatron_fope.arguments import (
 from megatron_fope.config import FoPEConfig, flag
 from megatron_fope.errors import UserError
 from megatron_fope.growth import check_growth
+from megatron_fope.rope import ROPE_TYPES, check_same_rope
 
 
 def check_start(args: Any) -> None:
@@ -45,7 +46,7 @@ def starts_from_rope(args: Any, checkpoint_args: Any, asked: str | None) -> bool
         asked: the position embedding type that the run asks for.
     """
     wanted = asked == FOPE and getattr(args, "fope_start_from_rope", None)
-    return bool(wanted) and getattr(checkpoint_args, "position_embedding_type", None) == "rope"
+    return bool(wanted) and getattr(checkpoint_args, "position_embedding_type", None) in ROPE_TYPES
 
 
 def outgrown_config(args: Any, checkpoint_args: Any) -> FoPEConfig | None:
@@ -77,8 +78,14 @@ def check_rope_start(args: Any, checkpoint_args: Any, where: str, release: bool)
         UserError: naming the flag.
     """
     _check_base(args, checkpoint_args, where)
-    if args.fope_start_from_rope == "function-preserving":
-        _check_same_rope(args, checkpoint_args, where)
+    config, start = fope_config_from_args(args), args.fope_start_from_rope
+    base = getattr(checkpoint_args, "rotary_base", args.rotary_base)
+    if start == "function-preserving" and float(base) != config.rotary_base:
+        raise UserError(
+            f"--rotary-base is {args.rotary_base}, but the checkpoint in {where} was trained with {base}; "
+            f"{START_FROM_ROPE} function-preserving keeps it, change it with immediate or later with {GROW}"
+        )
+    check_same_rope(args, checkpoint_args, config, where, strict=start != "immediate")
     _check_optimizer_state(args, checkpoint_args, where, release, "the RoPE checkpoint")
     if getattr(args, "fope_learnable", None) and getattr(args, "load_main_params_from_ckpt", False):
         raise UserError(
@@ -141,42 +148,6 @@ def _check_base(args: Any, checkpoint_args: Any, where: str) -> None:
             f"--rotary-base is {args.rotary_base}, but the checkpoint in {where} was trained with {stored}; "
             f"{CHANGE_BASE} accepts the change"
         )
-
-
-def _check_same_rope(args: Any, checkpoint_args: Any, where: str) -> None:
-    """The first forward pass can only be the RoPE model's where FoPE knows all that its RoPE did."""
-    config = fope_config_from_args(args)
-    scaled = bool(getattr(checkpoint_args, "use_rope_scaling", False))
-    if float(getattr(checkpoint_args, "rotary_base", args.rotary_base)) != config.rotary_base:
-        raise UserError(
-            f"--rotary-base is {args.rotary_base}, but the checkpoint in {where} was trained with "
-            f"{checkpoint_args.rotary_base}; {START_FROM_ROPE} function-preserving keeps it, change it with "
-            f"immediate or later with {GROW}"
-        )
-    factor = getattr(checkpoint_args, "rope_scaling_factor", 8.0) if scaled else None
-    mine = config.scaling_factor if config.scaling == "llama3" else None
-    if factor != mine:
-        raise UserError(
-            f"{START_FROM_ROPE} is 'function-preserving', but the checkpoint in {where} was trained "
-            f"{f'with --use-rope-scaling and factor {factor}' if scaled else 'without --use-rope-scaling'}; "
-            "allowed: the same here"
-        )
-    for name, plain in (("rotary_percent", 1.0), ("rotary_interleaved", False)):
-        stored = getattr(checkpoint_args, name, None)
-        if stored is not None and stored != plain:
-            _refuse_other_rope(name, stored, where)
-    if getattr(checkpoint_args, "rotary_seq_len_interpolation_factor", None) is not None:
-        name = "rotary_seq_len_interpolation_factor"
-        _refuse_other_rope(name, getattr(checkpoint_args, name), where)
-    if getattr(checkpoint_args, "multi_latent_attention", False) and checkpoint_args.rope_type != "rope":
-        _refuse_other_rope("rope_type", checkpoint_args.rope_type, where)
-
-
-def _refuse_other_rope(name: str, stored: Any, where: str) -> None:
-    raise UserError(
-        f"{START_FROM_ROPE} is 'function-preserving', but the checkpoint in {where} was trained with "
-        f"--{name.replace('_', '-')} {stored}, which FoPE does not do; allowed: another start"
-    )
 
 
 def _check_optimizer_state(args: Any, checkpoint_args: Any, where: str, release: bool, what: str) -> None:

@@ -29,13 +29,13 @@ def inv_freq(config: FoPEConfig, head_dim: int) -> Tensor:
 
 
 def rotary(config: FoPEConfig, head_dim: int) -> Tensor:
-    """All frequencies of the RoPE model with the same base: ``[head_dim / 2]``, dtype as :func:`inv_freq`.
+    """All frequencies of the RoPE model with the same base and scaling, none of them clipped.
 
-    Scaled under ``llama3`` only, which is the one scaling that Megatron's RoPE does, too.
+    ``[head_dim / 2]``, dtype as :func:`inv_freq`.
     """
     dtype = torch.float64 if config.exact_angles else torch.float32
     every = functional.inverse_frequencies(head_dim, config.rotary_base, dtype)
-    return _scaled(config, every, head_dim) if config.scaling == "llama3" else every
+    return _scaled(config, every, head_dim)
 
 
 def kept(config: FoPEConfig, head_dim: int) -> Tensor:

@@ -15,7 +15,7 @@ length. Channel pairs that get no series (``j >= D_out``) use a constant ``(sin,
 
 Letters in shapes: ``T`` positions, ``H`` coefficient heads (KV heads; 1 where heads share), ``D_in``
 frequencies, ``D_out`` series, ``half`` = head_dim / 2 channel pairs. Channel ``j`` is paired with
-``j + half`` (NeoX halves, never interleaved).
+``j + half`` (NeoX halves); :func:`pairs_to_halves` is for models with interleaved pairs.
 
 The precision of a computation is the dtype of its frequencies: float32 reproduces every published
 implementation, float64 is used for exact angles and for gradient checks.
@@ -432,3 +432,17 @@ def apply_fourier_rotary(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     first, second = grouped.to(sin.dtype).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype).reshape(x.shape)
+
+
+def pairs_to_halves(x: Tensor) -> Tensor:
+    """Reorder channels so that interleaved pairs ``(2j, 2j + 1)`` become ``(j, j + half)``.
+
+    Queries and keys that are both reordered have the same scores.
+
+    Args:
+        x: ``[..., 2 * half]``.
+
+    Returns:
+        Same shape and dtype, a copy.
+    """
+    return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)

@@ -30,6 +30,11 @@ def num_kv_heads_of(args: Any) -> int | None:
     return getattr(args, "num_query_groups" if grouped else "num_attention_heads", None)
 
 
+def is_hybrid(args: Any) -> bool:
+    """Whether Megatron's arguments ask for a hybrid model."""
+    return getattr(args, "hybrid_layer_pattern", None) is not None
+
+
 def check_position_ids(args: Any) -> None:
     """Refuse settings under which position ids that start again would not reach every attention layer.
 

@@ -25,11 +25,6 @@ _LIBRARIES = {"M": ("Mamba", "mamba_ssm"), "G": ("gated delta net", "fla")}
 """Symbols whose layers are kernels of another library, with what they are and the library's module."""
 
 
-def is_hybrid(args: Any) -> bool:
-    """Whether Megatron's (validated) arguments ask for a hybrid model."""
-    return getattr(args, "hybrid_layer_pattern", None) is not None
-
-
 def check_args(args: Any) -> None:
     """Refuse layers whose library is missing, before Megatron stops in the middle of the model.
 

@@ -15,6 +15,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 
 from megatron_fope import compat, gpt_data, gpt_model, hybrid_model
 from megatron_fope.errors import UserError
+from megatron_fope.host_arguments import is_hybrid
 
 _UNSUPPORTED = {
     "fim_data": "--fim-data",
@@ -31,7 +32,7 @@ def check_args(args: Any) -> None:
     Raises:
         UserError: such a flag was given.
     """
-    script = "pretrain_hybrid.py" if hybrid_model.is_hybrid(args) else "pretrain_gpt.py"
+    script = "pretrain_hybrid.py" if is_hybrid(args) else "pretrain_gpt.py"
     for name, flag in _UNSUPPORTED.items():
         if getattr(args, name, None):
             raise UserError(
@@ -39,7 +40,7 @@ def check_args(args: Any) -> None:
                 "instead of 'pretrain'"
             )
     gpt_data.check_args(args)
-    if hybrid_model.is_hybrid(args):
+    if is_hybrid(args):
         hybrid_model.check_args(args)
 
 
@@ -50,7 +51,7 @@ def builder_config(args: Any, config: Any = None) -> Any | None:
         args: Megatron's arguments.
         config: a ``TransformerConfig`` to use instead of the one from the arguments.
     """
-    if hybrid_model.is_hybrid(args):
+    if is_hybrid(args):
         return hybrid_model.builder_config(args, config)
     return compat.gpt_builder_config(args, config)
 
@@ -79,14 +80,14 @@ def model_provider(
     """
     args = get_args()
     check_args(args)
-    print_rank_0(f"building {'hybrid' if hybrid_model.is_hybrid(args) else 'GPT'} model ...")
+    print_rank_0(f"building {'hybrid' if is_hybrid(args) else 'GPT'} model ...")
     if pg_collection is None:
         pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     chunk = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
     description = builder_config(args, config)
     if description is not None:
         return compat.build_model(description, pg_collection, **chunk)
-    build = hybrid_model.build_hybrid_model if hybrid_model.is_hybrid(args) else gpt_model.build_gpt_model
+    build = hybrid_model.build_hybrid_model if is_hybrid(args) else gpt_model.build_gpt_model
     return build(args, config, pg_collection, **chunk)
 
 

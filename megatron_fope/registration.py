@@ -7,6 +7,8 @@ every wrapper calls the original, and ``unregister()`` puts the originals back.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import functools
 import inspect
 import linecache
@@ -37,6 +39,7 @@ from megatron_fope.errors import UserError, exit_on_user_error
 from megatron_fope.log import announce, is_rank0
 from megatron_fope.position_ids import expect_plain_position_ids
 from megatron_fope.report import assert_fope_active, describe, layer_list
+from megatron_fope.rope import note_construction
 from megatron_fope.run_checks import check_training_numbers
 
 logger = logging.getLogger(__name__)
@@ -157,6 +160,10 @@ def _targets() -> list[tuple[Any, str, Callable[[Callable], Callable]]]:
         (training, "save_checkpoint", wrap_save_checkpoint),
         (checkpointing, "save_checkpoint", wrap_save_checkpoint),
     ]
+    with contextlib.suppress(ImportError):  # the library for YAML need not be there
+        from megatron.training import yaml_arguments
+
+        targets.append((yaml_arguments, "validate_yaml", _wrap_validate_yaml))
     for module in compat.modules_that_import("validate_args", arguments):
         targets.append((module, "validate_args", _wrap_validate_args))
     for module in compat.modules_that_import("load_args_from_checkpoint", checkpointing):
@@ -223,6 +230,22 @@ def _megatrons_refusals() -> Iterator[None]:
             raise UserError(f"Megatron refuses the arguments ({place}): {said}") from None
 
 
+def _wrap_validate_yaml(original: Callable) -> Callable:
+    """``--yaml-cfg`` replaces all flags and has a validation of its own, which FoPE's checks do not know."""
+
+    def validate_yaml(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        parts = (args, getattr(args, "language_model", None))
+        if FOPE in [getattr(part, "position_embedding_type", None) for part in parts]:
+            with exit_on_user_error():
+                raise UserError(
+                    f"--yaml-cfg is {args.yaml_cfg!r} with position_embedding_type {FOPE}, whose settings "
+                    "are checked as flags only; use flags instead of the file"
+                )
+        return original(args, *rest, **kwargs)
+
+    return validate_yaml
+
+
 def _wrap_print_args(original: Callable) -> Callable:
     """Validation ends with printing the arguments; print the type that is really in force."""
 
@@ -236,13 +259,11 @@ def _wrap_print_args(original: Callable) -> Callable:
 
 def _wrap_load_args(original: Callable) -> Callable:
     def load_args_from_checkpoint(args: Any, load_arg: str = "load", **kwargs: Any) -> Any:
-        asked, base = position_type_if_given(args), args.rotary_base
+        asked, before = position_type_if_given(args), copy.copy(args)
         result = original(args, load_arg, **kwargs)
-        if getattr(args, "fope_change_rotary_base", None):
-            args.rotary_base = base  # Megatron has taken that of the checkpoint
         if isinstance(result, tuple):
             with exit_on_user_error():
-                adopt_checkpoint_arguments(args, result[1], getattr(args, load_arg), asked)
+                adopt_checkpoint_arguments(args, result[1], getattr(args, load_arg), asked, before)
         return result
 
     return load_args_from_checkpoint
@@ -301,6 +322,7 @@ def _wrap_model(spec_arguments: tuple[str, ...], original: Callable) -> Callable
             return
         from megatron_fope.spec import with_fope
 
+        note_construction(bound.arguments)
         global _building
         config = _config or _config_from_global_args()
         with exit_on_user_error():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_fope import anneal, functional, rotation
+from megatron_fope import anneal, frequencies, functional, rotation
 from megatron_fope.config import FoPEConfig
 
 HEAD_DIM, HEADS = 32, 2
@@ -44,13 +44,14 @@ def test_tables_lie_between(variant: str, completed: int) -> None:
     between.update()
     assert between.active == (completed < 10)
 
-    angles = positions[:, None, None] * functional.inverse_frequencies(HEAD_DIM, config.rotary_base)
+    # RoPE with the same scaling, which is what such a start must begin with.
+    angles = positions[:, None, None] * frequencies.rotary(config, HEAD_DIM)
     fope = config.tables(positions, coefficients, config.inv_freq(HEAD_DIM), HEAD_DIM)
-    weight = completed / 10
+    weight, factor = completed / 10, config.attention_scaling
     query, key = torch.randn(50, 1, 4, HEAD_DIM), torch.randn(50, 1, HEADS, HEAD_DIM)
     sin, cos = (
         ((1 - weight) * rope + weight * table).unsqueeze(1)
-        for rope, table in zip((angles.sin(), angles.cos()), fope, strict=True)
+        for rope, table in zip((angles.sin() * factor, angles.cos() * factor), fope, strict=True)
     )
     expected = [functional.apply_fourier_rotary(x, sin, cos) for x in (query, key)]
     mixed = between.coefficients(coefficients)

@@ -130,7 +130,18 @@ SETTINGS = {
 }
 
 HOST_FLAGS = {
-    "interleaved": case("--rotary-interleaved", "--rotary-interleaved is given", "leave it out"),
+    "interleaved latents": case(
+        "--multi-latent-attention --rope-type rope --rotary-interleaved",
+        "--rotary-interleaved is given",
+        "leave it out",
+    ),
+    "two types": case("--use-rotary-position-embeddings", "--use-rotary-position-embeddings is given"),
+    "YaRN's flags": case("--yarn-beta-fast 16", "--yarn-beta-fast is given", "use --fope-yarn-beta-fast"),
+    "YaRN's factor": case("--rotary-scaling-factor 4", "--rotary-scaling-factor is given", "--fope-scaling"),
+    "two scalings": case(
+        "--use-rope-scaling --rotary-seq-len-interpolation-factor 4", "--use-rope-scaling is given with"
+    ),
+    "a file instead of flags": case("--yaml-cfg some.yaml", "--yaml-cfg is given", "use flags"),
     "rotary percent": case("--rotary-percent 0.5", "--rotary-percent is 0.5", "1.0"),
     "multi-latent attention": case(
         "--multi-latent-attention", "--rope-type is yarn", "allowed: --rope-type rope"
@@ -188,6 +199,7 @@ CHECKPOINTS = {
     "distributed": {"flags": [*FOPE, "--fope-gain", "0.4"], "format": "torch_dist"},
     "intern": {"flags": [*FOPE, "--fope-profile", "intern-s1-pro"], "format": "torch"},
     "rope": {"flags": ROPE, "format": "torch"},
+    "base 20000": {"flags": [*FOPE, "--rotary-base", "20000"], "format": "torch"},
 }
 LOADING = {
     "another train length": load(
@@ -241,6 +253,17 @@ LOADING = {
     "its arguments, fope into rope": load(
         "paper", "", "--position-embedding-type is 'rope'", "trained with 'fope'", position=ROPE, adopt=True
     ),
+    "its arguments, another base": load(
+        "paper", "--rotary-base 500000", "--rotary-base is 500000", "trained with 10000", adopt=True
+    ),
+    "its arguments, the default base": load(
+        "base 20000", "--rotary-base=10000", "--rotary-base is 10000", "trained with 20000", adopt=True
+    ),
+    "its arguments, another pairing": load(
+        "paper", "--rotary-interleaved", "--rotary-interleaved is True", "trained with False", adopt=True
+    ),
+    "another pairing": load("paper", "--rotary-interleaved", "--rotary-interleaved is True", "with False"),
+    "layers without positions": load("paper", "--no-rope-freq 2", "--no-rope-freq is [0, 1, 0, 1]", "None"),
     "its arguments, another padding": load(
         "paper", "--fope-padding 0,1", "--fope-padding is '0,1'", "trained with '1,1'", adopt=True
     ),

@@ -6,6 +6,8 @@ import pytest
 from launch import LATENT
 from trainer import FOPE, SHARP, Run, Trainer
 
+from megatron_fope.evaluation.command import evaluate_perplexity
+
 GRADUAL = ("--fope-start-from-rope", "function-preserving", "--fope-anneal-iters", "2")
 GROWN = ("--fope-train-length", "256", "--fope-grow")
 WAYS = {"from rope": ("rope", GRADUAL), "grown": ("fope", GROWN)}
@@ -63,3 +65,15 @@ def test_multi_latent_attention(trainer: Trainer) -> None:
     assert abs(at_once.curve()[1] - same.curve()[1]) > 1e-4
     grown = go_on(trainer, at_once, "latent, grown", *LATENT, *GROWN)
     assert grown.says("the coefficients grow (aligned) from train length 64 to 256")
+
+
+@pytest.mark.launch
+def test_evaluation_of_latent_attention(trainer: Trainer) -> None:
+    """Evaluation finds the model's flags wherever Megatron's parser lists them, ``--rope-type`` for one."""
+    trainer = trainer.without("--group-query-attention")
+    run = trainer.run("latent", *FOPE, *SHARP, *LATENT)
+    report = evaluate_perplexity(
+        {"latent": run.folder}, trainer.data, lengths=[64], num_tokens=1000, tokens_per_batch=256, cpu=True
+    )
+    (row,) = report["checkpoints"]["latent"]["results"]
+    assert row["loss"] == pytest.approx(run.curve()[4], abs=0.5)

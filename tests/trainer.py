@@ -71,6 +71,7 @@ class Trainer:
         self._launcher = launcher
         # A text that never changes: the losses stay the same when the project does.
         data = prepare_data(ROOT, folder / "text", include=["LICENSE"], show_progress=False)
+        self.data = data.train.prefix
         self._flags = [flag for flag in TINY_MODEL if flag != "--mock-data"] + list(data.train_flags)
         self._flags += ["--make-vocab-size-divisible-by", "256", "--split", "1,0,0"]
         self._flags += ["--data-path", data.train.prefix, "--data-cache-path", str(folder / "cache")]

@@ -14,8 +14,8 @@ up to 0.17      ``count_document_tokens``, ``has_mtp_layers``, ``hybrid_stack_cl
                 ``known_attributes``, ``model_classes``, ``modules_that_import``,
                 ``null_tokenizer_flags``, ``reads_packed_batches``, ``token_positions``
 up to 0.18      ``gpt_builder_config``, ``hybrid_builder_config``, ``keep_on_device``, ``known_fields``,
-                ``known_parameters``, ``read_batch``, ``run_pretraining``,
-                ``slice_batch_for_context_parallelism``
+                ``known_parameters``, ``read_batch``, ``rope_arguments``,
+                ``run_pretraining``, ``slice_batch_for_context_parallelism``, ``yarn_settings``
 0.19            ``repair_help_texts``
 all so far      ``repair_checkpoint_metadata_reader``, ``prepare_dataset_helpers``,
                 ``survives_offloading``
@@ -57,6 +57,8 @@ from megatron_fope.compat.models import (
     hybrid_stack_module,
     hybrid_stack_spec,
     model_classes,
+    rope_arguments,
+    yarn_settings,
 )
 from megatron_fope.compat.offloading import (
     keep_on_device,
@@ -113,9 +115,11 @@ __all__ = [
     "require_built_in_training",
     "require_megatron_core",
     "require_supported_megatron",
+    "rope_arguments",
     "run_pretraining",
     "slice_batch_for_context_parallelism",
     "survives_offloading",
     "theoretical_memory",
     "token_positions",
+    "yarn_settings",
 ]

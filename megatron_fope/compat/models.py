@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 
@@ -75,6 +76,45 @@ def hybrid_builder_config(args: Any, config: Any = None) -> Any | None:
     except ImportError:
         return None
     return hybrid_config_from_args(args, config)
+
+
+def rope_arguments(args: Any, *, hybrid: bool) -> dict[str, Any]:
+    """What Megatron's builder makes of the arguments about RoPE, by the names of the model's constructor.
+
+    Up to 0.18 the builders live in the root scripts and pass the same few on.
+
+    Args:
+        args: Megatron's arguments; those that are missing must read as None.
+        hybrid: for a hybrid model.
+    """
+    part = SimpleNamespace(transformer_impl="local")  # all of the layers' configuration that is looked at
+    args = copy.copy(args)
+    args.spec = None
+    description = (hybrid_builder_config if hybrid else gpt_builder_config)(args, part)
+    if description is not None:
+        return vars(description)
+    passed = {"rotary_percent": args.rotary_percent, "rotary_base": args.rotary_base}
+    return passed if hybrid else passed | {"rope_scaling": args.use_rope_scaling}
+
+
+def yarn_settings(args: Any) -> dict[str, Any] | None:
+    """Arguments of ``YarnRotaryEmbedding`` in a model without multi-latent attention.
+
+    None up to 0.18, which offer the type but never fill in the settings that the model asks for.
+
+    Args:
+        args: arguments with ``position_embedding_type`` "yarn".
+    """
+    from megatron.training import argument_utils
+
+    fill = getattr(argument_utils, "_apply_yarn_config_from_args", None)
+    if fill is None:
+        return None
+    config = SimpleNamespace()
+    fill(config, args)
+    values = {name.removeprefix("yarn_"): value for name, value in vars(config).items()}
+    values["scaling_factor"] = values.pop("rotary_scaling_factor")
+    return values
 
 
 def hybrid_stack_spec() -> Any | None:

@@ -21,6 +21,7 @@ from megatron_fope.config import FoPEConfig
 from megatron_fope.conversion.source import Checkpoint
 from megatron_fope.errors import UserError
 from megatron_fope.growth import check_growth
+from megatron_fope.rope import ROPE_TYPES
 
 ROPE = "rope"
 
@@ -60,9 +61,11 @@ def plan(
         UserError: a setting that is not allowed, or does not fit the source.
     """
     kind = checkpoint.position_embedding_type
-    if kind not in (FOPE, ROPE):
+    allowed = (*ROPE_TYPES, FOPE)
+    if kind not in allowed:
         raise UserError(
-            f"SOURCE is {str(checkpoint.folder)!r} with position embedding {kind!r}; allowed: rope, fope"
+            f"SOURCE is {str(checkpoint.folder)!r} with position embedding {kind!r}; allowed: "
+            f"{', '.join(allowed)}"
         )
     args = argparse.Namespace(**copy.deepcopy(vars(checkpoint.args)))
     if rotary_base is not None:
@@ -79,6 +82,8 @@ def plan(
     if position_embedding_type == ROPE:
         return _to_rope(checkpoint, args, given, old)
     args.position_embedding_type, args.add_position_embedding = FOPE, False
+    if getattr(args, "multi_latent_attention", False):
+        args.rope_type = ROPE  # lengths are extended by FoPE's own settings
     for field in FIELDS:
         value = given.get(field.name)
         if value is None and old is not None:

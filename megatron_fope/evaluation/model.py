@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
+from megatron_fope.arguments import given_flags
 from megatron_fope.evaluation.progress import counted
 
-_MODEL_GROUPS = (
-    "transformer configuration",
-    "network size",
-    "tokenizer",
-    "moe",
-    "mla",
-    "experimental_attention_variant",
-    "heterogeneous architecture",
-    "FoPE",
+_READ_BESIDE = (
+    "add_position_embedding",
+    "bf16",
+    "fp16",
+    "fp16_lm_cross_entropy",
+    "group_query_attention",
+    "hybrid_layer_pattern",
+    "make_vocab_size_divisible_by",
+    "max_position_embeddings",
+    "num_experts",
+    "openai_gelu",
+    "padded_vocab_size",
+    "position_embedding_type",
+    "quick_geglu",
+    "rope_scaling_factor",
+    "rotary_percent",
+    "rotary_base",
+    "rotary_seq_len_interpolation_factor",
+    "seq_length",
+    "spec",
+    "squared_relu",
+    "swiglu",
+    "untie_embeddings_and_output_weights",
+    "use_rope_scaling",
+    "use_rotary_position_embeddings",
+    "vocab_size",
+    "merge_file",
+    "chat_template",
+    "metadata_path",
+    "special_tokens",
+    "trust_remote_code",
 )
-"""Argument groups of Megatron that describe the model and not how it was run."""
+"""Arguments that describe a model, or its tokens, and are no fields of Megatron's configuration classes."""
 
-_ALSO_MODEL = ("seq_length", "fp16", "bf16", "transformer_impl", "spec")
+_READ_BESIDE_STARTS = ("fope_", "yarn_", "tokenizer", "null_tokenizer", "tiktoken", "vocab_", "pad_vocab")
 _NOT_MODEL = (
     "fusion",
     "recompute",
@@ -31,8 +54,13 @@ _NOT_MODEL = (
     "persist",
     "cpu_initialization",
     "coder_num_layers",
+    "cp_comm_type",
+    "pipeline_model_parallel_layout",
+    "log_max_attention_logit",
+    "rng_tracker",
+    "test_mode",
 )
-"""Parts of names that stand among the model's arguments but are ways of running, or derived from others."""
+"""Parts of names of fields that are ways of running, or derived from others."""
 
 Batch = dict[str, Any]
 """Tensors ``[b, s]``: ``tokens``, ``position_ids``, for losses ``labels``, and what a reduction needs."""
@@ -57,7 +85,7 @@ def load_model(checkpoint: str) -> list[Any]:
 
     compat.repair_checkpoint_metadata_reader()
     stored = open_checkpoint(checkpoint, name="--checkpoint").args
-    compat.initialize_megatron(partial(_adopt, stored), get_embedding_ranks=embedding_ranks)
+    compat.initialize_megatron(functools.partial(_adopt, stored), get_embedding_ranks=embedding_ranks)
     model = get_model(model_provider, wrap_with_ddp=False)
     load_checkpoint(model, None, None)
     if get_args().position_embedding_type == "fope":
@@ -76,18 +104,39 @@ def _adopt(stored: Any, parser: Any, args: Any) -> None:
     Megatron's ``--use-checkpoint-args`` copies a list that leaves out precision, query/key normalisation
     and more; a model evaluated without them would be another one.
     """
-    from megatron.core.model_parallel_config import ModelParallelConfig
+    given = given_flags()
+    for action in parser._actions:
+        name = action.dest
+        if describes_model(name) and hasattr(stored, name) and not given & set(action.option_strings):
+            setattr(args, name, getattr(stored, name))
 
-    parallel = set(ModelParallelConfig.__dataclass_fields__)
-    given = {word.split("=")[0] for word in sys.argv}
-    for group in parser._action_groups:
-        for action in group._group_actions:
-            name = action.dest
-            of_model = group.title in _MODEL_GROUPS and name not in parallel
-            if name not in _ALSO_MODEL and (not of_model or any(part in name for part in _NOT_MODEL)):
-                continue
-            if hasattr(stored, name) and not given & set(action.option_strings):
-                setattr(args, name, getattr(stored, name))
+
+def describes_model(name: str) -> bool:
+    """Whether an argument of Megatron says what a model is, and not how it is run.
+
+    Megatron fills the fields of its configuration classes from the arguments of the same names, wherever its
+    parser lists them; only those of the parallel layout belong to a run.
+
+    Args:
+        name: the argument's, as in the namespace.
+    """
+    if name == "mla_down_proj_fusion":  # other weights, not another kernel
+        return True
+    if name in _READ_BESIDE or name.startswith(_READ_BESIDE_STARTS):
+        return True
+    return name in _fields() and not any(part in name for part in _NOT_MODEL)
+
+
+@functools.cache
+def _fields() -> frozenset[str]:
+    """Fields of all configurations of a transformer, without those of the parallel layout."""
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    classes = (MLATransformerConfig, HeterogeneousTransformerConfig)
+    names = {field.name for each in classes for field in dataclasses.fields(each)}
+    return frozenset(names - {field.name for field in dataclasses.fields(ModelParallelConfig)})
 
 
 def sum_over_batches(
@@ -123,7 +172,7 @@ def sum_over_batches(
     total = torch.zeros(shape, dtype=torch.float64)
     with torch.no_grad():
         reports = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, reduce),
+            forward_step_func=functools.partial(_forward_step, reduce),
             data_iterator=list(itertools.tee(counted(batches), len(model))),
             model=model,
             num_microbatches=count,

@@ -41,6 +41,7 @@ from megatron_fope.errors import UserError
 from megatron_fope.host_arguments import head_dim_of
 from megatron_fope.ladder.schedule import OWNED, Schedule, Stage
 from megatron_fope.megatron_flags import megatron_parser, parse
+from megatron_fope.rope import ROPE_TYPES
 from megatron_fope.run_checks import check_model, check_numbers, check_run_layout
 
 _NO_MASK = "no-create-attention-mask-in-dataloader"
@@ -153,8 +154,9 @@ _FACTS = ("position-embedding-type", "seq-length", "rotary-base")
 
 def _described(given: dict[str, Any], path: Path) -> dict[str, Any]:
     kind = given["position-embedding-type"]
-    if kind not in ("rope", FOPE):
-        raise UserError(f"{path}: [start] position-embedding-type is {kind!r}; allowed: rope, {FOPE}")
+    allowed = (*ROPE_TYPES, FOPE)
+    if kind not in allowed:
+        raise UserError(f"{path}: [start] position-embedding-type is {kind!r}; allowed: {', '.join(allowed)}")
     return {key.replace("-", "_"): value for key, value in given.items()}
 
 
@@ -214,7 +216,7 @@ def _same(one: Path, other: Path) -> bool:
 def _start_words(schedule: Schedule, number: int, source: Source, args: Any) -> list[str]:
     """FoPE's flags for what this stage starts from."""
     way, iterations = schedule.start.get("from-rope"), schedule.start.get("anneal-iters")
-    from_rope = source.args.position_embedding_type == "rope"
+    from_rope = source.args.position_embedding_type in ROPE_TYPES
     if number == 1 and from_rope and way is None:
         raise UserError(
             f"{source.where} is a RoPE model; allowed: with [start] from-rope = one of {', '.join(STARTS)}"
@@ -319,7 +321,7 @@ def _notes(args: Any, source: Source) -> list[str]:
     if (expert := getattr(args, "expert_model_parallel_size", None) or 1) > 1:
         sizes["EP"] = expert
     layout = ", ".join(f"{name} {size}" for name, size in sizes.items())
-    kind = "RoPE" if source.args.position_embedding_type == "rope" else "FoPE"
+    kind = "RoPE" if source.args.position_embedding_type in ROPE_TYPES else "FoPE"
     known = "" if source.read else "; not here, [start] says so"
     base, before = f"{args.rotary_base:g}", getattr(source.args, "rotary_base", args.rotary_base)
     kept, pairs = args.fope_kept_frequencies, head_dim_of(args) // 2

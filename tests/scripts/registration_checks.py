@@ -407,12 +407,65 @@ def rope_scaling_means_llama3() -> None:
 
     register()
     names = ("scaling", "scaling_factor", "original_length")
-    values = fope_values(start([*FOPE, "--use-rope-scaling", "--rope-scaling-factor", "4"]))
-    assert [values[name] for name in names] == ["llama3", 4.0, 8192]
+    flags = [*FOPE, "--use-rope-scaling", "--rope-scaling-factor", "4"]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        values = fope_values(start(flags))
+    # Up to 0.19 Megatron's builders drop the factor, and RoPE uses the model's default.
+    assert [values[name] for name in names] == ["llama3", 8.0, 8192]
+    assert "--rope-scaling-factor is 4, but RoPE uses 8 in this Megatron, and so does FoPE" in said.getvalue()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        values = fope_values(start([*FOPE, "--use-rope-scaling"]))
+    assert values["scaling_factor"] == 8.0 and "RoPE uses" not in said.getvalue()
+    own = ["--fope-scaling", "llama3", "--fope-scaling-factor", "4", "--fope-original-length", "8192"]
+    values = fope_values(start([*flags, *own]))
+    assert values["scaling_factor"] == 4.0
     values = fope_values(start([*FOPE, "--use-rope-scaling", "--fope-scaling", "none"]))
     assert [values[name] for name in names] == ["none", 1.0, 0]
     values = fope_values(start(FOPE))
     assert [values[name] for name in names] == ["none", 1.0, 0]
+
+
+@check
+def a_factor_that_megatron_passes_on_is_used() -> None:
+    """As soon as a builder hands the factor to the model, RoPE and FoPE follow it."""
+    from unittest import mock
+
+    from megatron_fope import compat, register
+
+    register()
+    real = compat.rope_arguments
+
+    def forwarding(args: Any, *, hybrid: bool) -> dict[str, Any]:
+        return real(args, hybrid=hybrid) | {"rope_scaling_factor": args.rope_scaling_factor}
+
+    with mock.patch.object(compat, "rope_arguments", forwarding):
+        values = fope_values(start([*FOPE, "--use-rope-scaling", "--rope-scaling-factor", "32"]))
+    assert values["scaling_factor"] == 32.0
+
+
+@check
+def a_yaml_file_with_fope_is_refused() -> None:
+    from types import SimpleNamespace
+
+    from megatron.training import yaml_arguments
+
+    from megatron_fope import register
+
+    register()
+    model = SimpleNamespace(position_embedding_type="fope")
+    for args in (
+        SimpleNamespace(yaml_cfg="a.yaml", language_model=model),
+        SimpleNamespace(yaml_cfg="a.yaml", position_embedding_type="fope"),
+    ):
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            try:
+                yaml_arguments.validate_yaml(args)
+                raise AssertionError("accepted")
+            except SystemExit as stop:
+                assert stop.code == 2
+        (line,) = said.getvalue().splitlines()
+        assert "--yaml-cfg is 'a.yaml'" in line, line
 
 
 @check
