@@ -263,7 +263,7 @@ LOADING = {
         "paper", "--rotary-interleaved", "--rotary-interleaved is True", "trained with False", adopt=True
     ),
     "another pairing": load("paper", "--rotary-interleaved", "--rotary-interleaved is True", "with False"),
-    "layers without positions": load("paper", "--no-rope-freq 2", "--no-rope-freq is [0, 1, 0, 1]", "None"),
+    "layers without positions": load("paper", "--no-rope-freq 2", "--no-rope-freq is [0, 1]", "None"),
     "its arguments, another padding": load(
         "paper", "--fope-padding 0,1", "--fope-padding is '0,1'", "trained with '1,1'", adopt=True
     ),

@@ -568,16 +568,17 @@ def every_flag_reaches_its_setting() -> None:
     default = FoPEConfig.from_profile("intern-s1-pro", train_length=64).to_dict()
     assert given.keys() == default.keys() - {"rotary_base"}
     assert [name for name in given if name != "profile" and given[name] == default[name]] == []
-    flags = []
+    flags, of_a_start = [], []
     for name, value in given.items():
+        words = of_a_start if name == "anneal_iters" else flags
         if isinstance(value, bool):
-            flags.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
+            words.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
         else:
-            flags += [flag(name), str(value)]
+            words += [flag(name), str(value)]
     with tempfile.TemporaryDirectory() as name:
-        save_checkpoint(
-            Path(name), start(ROPE), "torch"
-        )  # the one setting that needs something to start from
+        # The one setting that needs something to load.
+        save_checkpoint(Path(name), start([*FOPE, *flags]), "torch")
+        flags += of_a_start
         flags += ["--fope-start-from-rope", "function-preserving", "--load", name, "--no-load-optim"]
         values = fope_values(start([*FOPE, *flags]))
     assert {name: values[name] for name in given} == given
