@@ -10,7 +10,7 @@ JOBS ?= 2
 KERNEL_TESTS := tests/test_kernels.py tests/test_kernels_host.py tests/test_implementation.py
 export PYTHON TORCH_INDEX_URL VENV NEWEST
 
-.PHONY: help setup demo extend test test-newest constraints layouts reshard bench bench-gpu test-gpu upstream-tests \
+.PHONY: help setup demo extend docs test test-fast test-newest constraints layouts reshard bench bench-gpu test-gpu upstream-tests \
 	lint clean
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "            DEMO_ITERS=1000 DEMO_OUT=out/demo"
 	@echo "make extend  ways to a four times longer context, compared (an hour on 2 cores)"
 	@echo "make test   the whole test suite"
+	@echo "make test-fast  its part that starts no training (a few minutes)"
 	@echo "make test-newest  the same with the newest release of everything, in .venv-newest"
 	@echo "make constraints VENV=.venv-newest  after it: keep these versions for all other commands"
 	@echo "make layouts  real training in 87 parallel layouts, each against one rank (half an hour)"
@@ -28,6 +29,7 @@ help:
 	@echo "make upstream-tests MEGATRON_LM=/path/to/Megatron-LM"
 	@echo "            its own unit tests with FoPE in RoPE's place (half an hour)"
 	@echo "make lint   ruff"
+	@echo "make docs   the documentation as a site, in out/docs"
 	@echo "make setup  only the environment, in $(VENV)"
 
 setup:
@@ -42,6 +44,9 @@ extend: setup
 
 test: setup
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+test-fast: setup
+	@$(BIN)/python -m pytest -q -n $(JOBS) -m "not launch"
 
 test-newest:
 	@$(MAKE) test VENV=.venv-newest NEWEST=1
@@ -69,6 +74,9 @@ test-gpu: setup
 upstream-tests: setup
 	@test -n "$(MEGATRON_LM)" || { echo "upstream-tests: error: MEGATRON_LM is not set; give a Megatron-LM checkout" >&2; exit 2; }
 	@$(BIN)/python tests/upstream/run.py --megatron-lm $(MEGATRON_LM) --ranks 4 --report tests/upstream.md
+
+docs: setup
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs . out/docs
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

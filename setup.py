@@ -16,11 +16,13 @@ EXTRAS = {
     "hf": ["tokenizers>=0.22,<0.24", "transformers>=5.1,<5.25", "safetensors>=0.4,<0.9"],
     "deepspeed": ["deepspeed>=0.16.9,<0.20"],
     "te": ["transformer-engine[pytorch]>=2.0"],
+    "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["demo"],
     *EXTRAS["deepspeed"],
     *EXTRAS["hf"],
+    *EXTRAS["docs"],
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.6",
@@ -29,7 +31,7 @@ EXTRAS["dev"] = [
 setup(
     name="megatron-fope",
     version=VERSION,
-    description="FoPE (Fourier Position Embedding) for Megatron-Core: length generalization by one flag",
+    description="FoPE (Fourier Position Embedding) for Megatron-Core: length generalization with one flag",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from launch import TINY_MODEL
@@ -23,7 +23,7 @@ WAYS_OF_RUNNING += ("log_max_attention_logit", "rng_tracker", "test_mode")
 class Watched(argparse.Namespace):
     """Remembers the names that are read."""
 
-    seen: set[str] = set()
+    seen: ClassVar[set[str]] = set()
 
     def __getattribute__(self, name: str) -> Any:
         Watched.seen.add(name)
