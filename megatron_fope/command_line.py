@@ -115,6 +115,18 @@ def separated[T](kind: Callable[[str], T]) -> Callable[[str], list[T]]:
     return parse
 
 
+def variable[T](name: str, default: str, kind: Callable[[str], T]) -> T:
+    """A setting of a program that takes environment variables instead of flags.
+
+    Raises:
+        UserError: another value than ``kind`` lets through.
+    """
+    try:
+        return kind(os.environ.get(name, default))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{name} {error}") from None
+
+
 def _parser[T](kind: Callable[[str], T], is_allowed: Callable[[T], bool], allowed: str) -> Callable[[str], T]:
     def parse(text: str) -> T:
         shown = text

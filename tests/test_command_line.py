@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from example_scripts import load
 
 from megatron_fope import cli
 from megatron_fope.command_line import OneLineParser, command, number, one_line_errors, separated, whole
@@ -179,3 +180,23 @@ def test_every_command_says_unknown_flags_in_one_line(
     assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("megatron-fope: error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "program,name,value",
+    [
+        ("demo/run.py", "DEMO_ITERS", "many"),
+        ("demo/run.py", "DEMO_LENGTH", "0"),
+        ("extend/run.py", "EXTEND_SEEDS", "1;2"),
+        ("extend/run.py", "EXTEND_JOBS", "-1"),
+        ("extend/run.py", "EXTEND_MORE_ITERS", ""),
+    ],
+)
+def test_variables_of_the_examples(
+    program: str, name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        load(program, "starts")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and f"{name} is" in line and "allowed: whole numbers" in line

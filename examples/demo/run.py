@@ -25,11 +25,14 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
+from megatron_fope.command_line import variable, whole
 from megatron_fope.data import prepare_data
+from megatron_fope.errors import exit_on_user_error
 from megatron_fope.evaluation.command import evaluate_perplexity, table
 
-ITERS = int(os.environ.get("DEMO_ITERS", "1000"))
-LENGTH = int(os.environ.get("DEMO_LENGTH", "128"))
+with exit_on_user_error("demo"):
+    ITERS = variable("DEMO_ITERS", "1000", whole(1))
+    LENGTH = variable("DEMO_LENGTH", "128", whole(8))
 OUT = Path(os.environ.get("DEMO_OUT", "out/demo"))
 CPU = os.environ.get("DEMO_GPU") != "1"
 

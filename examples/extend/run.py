@@ -39,16 +39,19 @@ from typing import Any
 import write_up
 
 from megatron_fope.bench.results import facts
+from megatron_fope.command_line import separated, variable, whole
 from megatron_fope.data import prepare_data
 from megatron_fope.data.recall import make_recall_data
+from megatron_fope.errors import exit_on_user_error
 from megatron_fope.evaluation.command import evaluate_perplexity
 from megatron_fope.evaluation.retrieval_command import evaluate_retrieval
 
-LENGTH = int(os.environ.get("EXTEND_LENGTH", "128"))
-ITERS = int(os.environ.get("EXTEND_ITERS", "800"))
-MORE_ITERS = int(os.environ.get("EXTEND_MORE_ITERS", "200"))
-SEEDS = [int(seed) for seed in os.environ.get("EXTEND_SEEDS", "1234,4321").split(",")]
-JOBS = int(os.environ.get("EXTEND_JOBS", os.cpu_count() or 1))
+with exit_on_user_error("extend"):
+    LENGTH = variable("EXTEND_LENGTH", "128", whole(8))
+    ITERS = variable("EXTEND_ITERS", "800", whole(1))
+    MORE_ITERS = variable("EXTEND_MORE_ITERS", "200", whole(1))
+    SEEDS = variable("EXTEND_SEEDS", "1234,4321", separated(whole(1)))
+    JOBS = variable("EXTEND_JOBS", str(os.cpu_count() or 1), whole(1))
 STUDIES = ("starts", "growth")
 STUDY = sys.argv[1] if sys.argv[1:] else "starts"
 OUT = Path(os.environ.get("EXTEND_OUT", "out/extend")) / STUDY
