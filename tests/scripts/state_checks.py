@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from mla_checks import mla_model
 from model_checks import fope_config, gpt, run, tokens
@@ -188,3 +190,50 @@ def _muon_rules() -> list[tuple[Callable[[Any], bool], bool]]:
     except ImportError:
         return []
     return [(_is_nonlinear_or_embedding, True), (is_managed_by_layer_wise_optimizer, False)]
+
+
+def check_offloading_gives_the_same_gradients() -> None:
+    """Megatron's own offloading of the core attention, on CPU tensors; it frees query, key and value."""
+    import torch
+
+    shapes = [{}, {"num_query_groups": 4}, {"attention_output_gate": True}]
+    settings = {
+        "fine_grained_activation_offloading": True,
+        "offload_modules": ["core_attn"],
+        "min_offloaded_tensor_size": 1,
+    }
+    for build, shape in (*((gpt, shape) for shape in shapes), (mla_model, {})):
+        fope = fope_config(learnable=True)
+        expected = _gradients(build, fope, **shape)
+        with _offloading_on_the_cpu():
+            found = _gradients(build, fope, **shape, **settings)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+@contextmanager
+def _offloading_on_the_cpu() -> Iterator[None]:
+    """Megatron asks for CUDA tensors, and for a switch of Transformer Engine."""
+    import torch
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.pipeline_parallel import fine_grained_activation_offload as offload
+
+    handler = offload.ChunkOffloadHandler
+    offloadable = staticmethod(lambda tensor: not isinstance(tensor, torch.nn.Parameter))
+    with (
+        mock.patch.object(transformer_engine, "cpu_offload", SimpleNamespace()),
+        mock.patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None),
+        mock.patch.object(torch.Tensor, "is_pinned", lambda tensor, *device: False),
+        mock.patch.object(handler, "_can_manage_tensor_for_offload", offloadable, create=True),
+    ):
+        yield
+
+
+def _gradients(build: Any, fope: Any, **settings: Any) -> dict[str, Any]:
+    from megatron.core.pipeline_parallel import fine_grained_activation_offload as offload
+
+    offload.PipelineOffloadManager.reset_instance()
+    model = build(fope, **settings).train()
+    run(model, *tokens()).square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
