@@ -228,7 +228,7 @@ def _module(args: Any) -> Any:
                 "the checkpoint was trained with --position-embedding-type yarn, which this Megatron cannot "
                 "build from its flags; use a newer one"
             )
-    passed = _model_arguments(args) | {"rotary_interleaved": bool(args.rotary_interleaved)}
+    passed = _model_arguments(args) | {"rotary_interleaved": bool(getattr(args, "rotary_interleaved", False))}
     known = inspect.signature(module_class).parameters
     if not issubclass(_model_class(args), compat.model_classes()[0][0]):
         del passed["rotary_interleaved"]  # only GPT models pass it on
@@ -298,4 +298,5 @@ def _model_arguments(args: Any) -> dict[str, Any]:
         if parameter.default is not inspect.Parameter.empty
     }
     reached = {name for name in passed if name in known and (_PASSED is None or name in _PASSED)}
-    return known | {name: passed[name] for name in reached}
+    # An older checkpoint does not name every argument.
+    return known | {name: passed[name] for name in reached if passed[name] is not None}

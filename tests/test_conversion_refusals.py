@@ -169,7 +169,7 @@ def test_damaged_source(damage: str, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_other_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     learned = SyntheticCheckpoint(tmp_path / "learned", position_embedding_type="learned_absolute")
-    assert "allowed: rope, fope" in refusal(capsys, "convert", learned.folder, tmp_path / "new")
+    assert "allowed: rope, yarn, fope" in refusal(capsys, "convert", learned.folder, tmp_path / "new")
     other = SyntheticCheckpoint(tmp_path / "other", layers=5)
     assert refusal(capsys, "diff", learned.folder, other.folder) == (
         f"B '{other.folder}' is a checkpoint of another model: num_layers is 5, in A 4"
