@@ -10,7 +10,7 @@ die() {
 source "${BASH_SOURCE[0]%/*}/models.sh" # shape
 
 require() { # NAME WHAT: the variable is set
-    [[ -n ${!1:-} ]] || die "$1 is not set; allowed: $2"
+    [[ -n ${!1:-} ]] || die "$1 is not set; requires $2"
 }
 
 switch() { # NAME: the variable is on, "1", or off
@@ -87,7 +87,7 @@ run() { # COMMAND ...: print it (DRY_RUN=1) or run it
 CONTINUED=()
 continue_checkpoint() { # sets CONTINUED: begin with the weights of CHECKPOINT; call it before defaults
     if [[ -z ${CHECKPOINT:-} ]]; then
-        switch MOCK || die "CHECKPOINT is not set; allowed: a folder made by --save, or MOCK=1 for random weights and data"
+        switch MOCK || die "CHECKPOINT is not set; requires a folder made by --save, or MOCK=1 for random weights and data"
         return
     fi
     [[ -f $CHECKPOINT/latest_checkpointed_iteration.txt ]] ||
@@ -138,7 +138,7 @@ _layout() { # sets LAYOUT
     ((TP <= groups ? groups % TP == 0 : TP % groups == 0)) ||
         die "TP is $TP; allowed: divisors or multiples of the model's $groups key and value heads"
     ((CP == 1 || SEQ_LENGTH % (2 * CP) == 0)) ||
-        die "SEQ_LENGTH is $SEQ_LENGTH; allowed with CP=$CP: multiples of $((2 * CP))"
+        die "SEQ_LENGTH is $SEQ_LENGTH; allowed: multiples of $((2 * CP)) with CP=$CP"
     if [[ -n $experts ]]; then
         _divides "$EP" "$experts" "EP is $EP; allowed: divisors of the model's $experts experts"
         _divides $((EP * ETP * PP)) $ranks "EP x ETP x PP is $EP x $ETP x $PP = $((EP * ETP * PP)), but $given; allowed: a divisor of $ranks"
@@ -315,7 +315,7 @@ start() { # FLAG ...: check everything, then print the command (DRY_RUN=1) or ru
     tools torchrun
     ! switch SAVE_ON_TERM || [[ -r /proc/self/stat ]] ||
         die "SAVE_ON_TERM is 1, but there is no /proc to find the ranks in"
-    mkdir -p "$OUT" || die "OUT is '$OUT'; allowed: a folder that can be written"
+    mkdir -p "$OUT" || die "OUT is '$OUT'; use a folder that can be written"
     if switch SAVE_ON_TERM; then
         _until_told "${command[@]}"
     else

@@ -16,7 +16,7 @@ shape() { # NAME: sets MODEL and VOCABULARY
         llama_8b) _decoder             32    4096  14336     32       8 ;;
         llama_70b) _decoder            80    8192  28672     64       8 ;;
         mixtral_8x7b) _decoder         32    4096  14336     32       8 "${experts[@]}" ;;
-        *) die "no model '$1'; allowed: see models.sh" ;;
+        *) die "no model '$1'; use one of models.sh" ;;
     esac
     case $1 in
         olmo_*) VOCABULARY=50280 ;;

@@ -33,7 +33,7 @@ saved() { # the iteration of the latest checkpoint, or nothing
 }
 
 script=${1:-}
-[[ -f $script ]] || die "the first argument is '$script'; allowed: a launch script, e.g. pretrain/dense_8b.sh"
+[[ -f $script ]] || die "the first argument is '$script'; use a launch script, e.g. pretrain/dense_8b.sh"
 shift
 [[ ${DRY_RUN:-0} == [01] ]] || die "DRY_RUN is '$DRY_RUN'; allowed: 1 or 0"
 export SAVE_ON_TERM=1 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
@@ -42,7 +42,7 @@ if [[ -n ${SLURM_JOB_END_TIME:-} && -z ${EXIT_MINUTES:-} ]]; then # should the s
     [[ $SLURM_JOB_END_TIME =~ ^[1-9][0-9]{0,17}$ ]] ||
         die "SLURM_JOB_END_TIME is '$SLURM_JOB_END_TIME'; allowed: seconds since 1970, as SLURM sets it"
     left=$(((SLURM_JOB_END_TIME - $(date +%s)) / 60))
-    ((left > 10)) || die "the job ends in $left minutes; allowed: more than the 10 that are kept for saving"
+    ((left > 10)) || die "the job ends in $left minutes; requires more than the 10 that are kept for saving"
     export EXIT_MINUTES=$((left - 10))
 fi
 
@@ -51,7 +51,7 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf 'srun --kill-on-bad-exit=1 bash %s\n%s\n' "$script $*" "$command"
     exit
 fi
-[[ -n ${SLURM_JOB_ID:-} ]] || die "SLURM_JOB_ID is not set; allowed: sbatch --nodes N slurm.sh $script, or DRY_RUN=1"
+[[ -n ${SLURM_JOB_ID:-} ]] || die "SLURM_JOB_ID is not set; use sbatch --nodes N slurm.sh $script, or DRY_RUN=1"
 for tool in srun scontrol; do
     command -v "$tool" > /dev/null || die "$tool is not on PATH, and this script needs it"
 done

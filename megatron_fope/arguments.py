@@ -295,7 +295,7 @@ def check_before_megatron(args: Any) -> None:
             name, value = next(iter(given.items()))
             raise UserError(
                 f"{flag(name)} is {value!r}, but --position-embedding-type is "
-                f"{args.position_embedding_type!r}; allowed with: {FOPE}"
+                f"{args.position_embedding_type!r}; requires --position-embedding-type {FOPE}"
             )
         return
     from megatron_fope.attention import check_host_config  # imports Megatron, which other commands need not
@@ -307,7 +307,7 @@ def check_before_megatron(args: Any) -> None:
     args.apply_rope_fusion = rope_fusion
     if getattr(args, "rotary_percent", 1.0) != 1.0:
         raise UserError(
-            f"--rotary-percent is {args.rotary_percent}; FoPE rotates the whole head, allowed: 1.0"
+            f"--rotary-percent is {args.rotary_percent}, but FoPE rotates the whole head; allowed: 1.0"
         )
     if getattr(args, "transformer_impl", "local") == "transformer_engine":
         try:
@@ -327,7 +327,7 @@ def check_before_megatron(args: Any) -> None:
         raise UserError(
             "--dataloader-inter-document-masking is given with --context-parallel-size "
             f"{args.context_parallel_size}: Megatron then cuts inside documents, where positions are not "
-            "defined; allowed: --context-parallel-size 1"
+            "defined; use --context-parallel-size 1"
         )
     check_position_ids(args)
     check_layout(args)
@@ -385,7 +385,7 @@ def check_start_flags(args: Any) -> None:
             )
     elif iterations:
         raise UserError(
-            f"{flag('anneal_iters')} is {iterations}; allowed with: {START_FROM_ROPE} function-preserving"
+            f"{flag('anneal_iters')} is {iterations}; requires {START_FROM_ROPE} function-preserving"
         )
     if start == "clip-only":
         for name, allowed in (("init", "identity"), ("clip", True), ("drop_clipped", True)):
@@ -407,7 +407,7 @@ def _check_attention(args: Any) -> None:
         if value == "local":
             raise UserError(
                 f"--context-parallel-size is {size}, which the attention of {name} local does not support; "
-                "allowed: 1, or --transformer-impl transformer_engine with another --attention-backend"
+                "use 1, or --transformer-impl transformer_engine with another --attention-backend"
             )
 
 
@@ -423,5 +423,5 @@ def _check_fsdp(args: Any) -> None:
             raise UserError(
                 f"{flag('learnable')} and --{'bf16' if args.bf16 else 'fp16'} are given with "
                 f"--{name.replace('_', '-')}, which cannot shard float32 among 16-bit parameters; "
-                "allowed: frozen coefficients, or --use-distributed-optimizer"
+                "use frozen coefficients, or --use-distributed-optimizer"
             )

@@ -146,13 +146,13 @@ def check_host_config(config: Any) -> None:
         if rope_type != "rope":
             raise UserError(
                 f"--rope-type is {rope_type} (the default of --multi-latent-attention), but FoPE extends "
-                "lengths by --fope-scaling; allowed: --rope-type rope"
+                "lengths by --fope-scaling; use --rope-type rope"
             )
     pattern = getattr(config, "hybrid_layer_pattern", None) or ""
     for symbol in set("+D") & set(pattern):
         raise UserError(
             f"--hybrid-layer-pattern is {pattern!r}, but FoPE supports multi-latent attention in GPT models "
-            f"only; allowed: a pattern without {symbol}"
+            f"only; use a pattern without {symbol}"
         )
     refuse("apply_rope_fusion", "--apply-rope-fusion", "cannot use RoPE's fused kernel")
     refuse("fused_single_qkv_rope", "--fused-single-qkv-rope", "cannot use RoPE's fused kernel")

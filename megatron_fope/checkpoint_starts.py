@@ -112,7 +112,7 @@ def check_outgrown(args: Any, checkpoint_args: Any, where: str, iteration: int, 
     if config.learnable != stored.learnable and not args.finetune:
         raise UserError(
             f"{flag('learnable')} is {config.learnable}, but the checkpoint in {where} was trained with "
-            f"{stored.learnable}; allowed with: --finetune"
+            f"{stored.learnable}; use --finetune to accept that"
         )
     _check_optimizer_state(args, checkpoint_args, where, release, "the smaller checkpoint")
 
@@ -158,5 +158,5 @@ def _check_optimizer_state(args: Any, checkpoint_args: Any, where: str, release:
     if not release and not any(without_state):
         raise UserError(
             f"--fope-learnable is given, but {what} in {where} has no optimizer state for the "
-            "coefficients; allowed: with --no-load-optim or --finetune"
+            "coefficients; use --no-load-optim or --finetune"
         )

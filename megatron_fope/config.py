@@ -388,7 +388,7 @@ class FoPEConfig:
                 self.original_length >= 1,
                 "--fope-original-length",
                 self.original_length,
-                f"the length before extension in tokens, with --fope-scaling {self.scaling}",
+                f"1 or more, the length before extension in tokens, with --fope-scaling {self.scaling}",
             )
         if self.scaling == "yarn":
             fast, slow = self.yarn_beta_fast, self.yarn_beta_slow

@@ -113,7 +113,7 @@ def check_args(args: Any) -> None:
     if not compat.reads_packed_batches():
         raise UserError(
             f"--sft is given with Megatron-Core {compat.megatron_version()}, whose pipeline stages do not "
-            "all learn where documents end; allowed: 0.18 and later"
+            "all learn where documents end; requires 0.18 or later"
         )
     if args.create_attention_mask_in_dataloader:
         raise UserError("--sft is given without --no-create-attention-mask-in-dataloader, which it needs")

@@ -70,7 +70,7 @@ def check_growth(old: FoPEConfig, new: FoPEConfig, source: str) -> None:
     if new.train_length < old.train_length:
         raise UserError(
             f"--fope-train-length is {new.train_length}, but {source} was trained with "
-            f"{old.train_length}; coefficients only grow, allowed: at least {old.train_length}"
+            f"{old.train_length} and coefficients only grow; allowed: at least {old.train_length}"
         )
     if new.profile != old.profile:
         raise UserError(
@@ -86,7 +86,7 @@ def check_growth(old: FoPEConfig, new: FoPEConfig, source: str) -> None:
     if old.scaling != "none" and new.scaling == "none":
         raise UserError(
             f"--fope-scaling is 'none', but {source} was trained with {old.scaling!r}; "
-            "allowed: one of the scalings"
+            "use one of the scalings"
         )
 
 

@@ -119,7 +119,7 @@ def check_layout(args: Any, world_name: str = "WORLD_SIZE") -> None:
     require(
         context == 1 or args.seq_length % (2 * context) == 0,
         "context_parallel_size",
-        f"twice of it must divide the {args.seq_length} tokens of --seq-length",
+        f"numbers whose double divides the {args.seq_length} tokens of --seq-length",
     )
     experts = getattr(args, "num_experts", None) or expert
     require(experts % expert == 0, "expert_model_parallel_size", f"a divisor of the {experts} --num-experts")

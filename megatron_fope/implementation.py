@@ -131,7 +131,7 @@ def check_available(wanted: str, device: torch.device | None = None) -> None:
         UserError: "triton" was asked for and cannot run.
     """
     if wanted == "triton" and (why_not := kernels.available(device or current_device())):
-        raise UserError(f"--fope-implementation is 'triton', but {why_not}; allowed here: auto, torch")
+        raise UserError(f"--fope-implementation is 'triton', but {why_not}; allowed: auto, torch")
 
 
 def current_device() -> torch.device:

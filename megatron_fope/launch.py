@@ -25,7 +25,7 @@ def run_script(path: str, arguments: list[str], *, cpu: bool = False) -> None:
         UserError: the file is missing, or there is no GPU and ``cpu`` is not given.
     """
     if not Path(path).is_file():
-        raise UserError(f"the training script is {path!r}; allowed: an existing Python file")
+        raise UserError(f"the training script is {path!r}; use an existing Python file")
     sys.path.insert(0, str(Path(path).resolve().parent))
     sys.argv = [path, *arguments]
     prepare(cpu=cpu, built_in=False)

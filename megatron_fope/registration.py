@@ -363,7 +363,7 @@ def _wrap_embedding(original: Callable) -> Callable:
             with exit_on_user_error():
                 raise UserError(
                     "--position-embedding-type is 'fope', but this model is neither GPTModel nor HybridModel "
-                    "and would train without positions; allowed: those two"
+                    "and would train without positions; use one of those two"
                 )
         original(self, *args, **kwargs)
 

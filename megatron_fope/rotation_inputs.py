@@ -45,7 +45,7 @@ def check_tensors(
     }
     for name, tensor in others.items():
         if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and query on {device}; allowed: one device")
+            raise ValueError(f"{name} is on {tensor.device} and query on {device}; use one device")
     if query.dtype not in dtypes or key.dtype != query.dtype:
         raise ValueError(f"query is {query.dtype} and key {key.dtype}; allowed: the same of {_names(dtypes)}")
     for name in ("sin_basis", "cos_basis"):

@@ -186,7 +186,7 @@ def check_model(args: Any) -> None:
         require(
             args.hidden_size % heads == 0,
             "num_attention_heads",
-            f"a divisor of the {args.hidden_size} --hidden-size, or --kv-channels beside it",
+            f"a divisor of the {args.hidden_size} --hidden-size (or use --kv-channels)",
         )
     if heads and args.group_query_attention:
         require(
@@ -273,7 +273,7 @@ def _cuts(args: Any, world_name: str) -> Iterator[tuple[str, bool, str]]:
         yield (
             "tensor_model_parallel_size",
             per_rank % tensor == 0,
-            f"with --sequence-parallel a divisor of the {per_rank} tokens of a context-parallel rank",
+            f"a divisor of the {per_rank} tokens of a context-parallel rank with --sequence-parallel",
         )
     for name in ("ffn_hidden_size", "moe_shared_expert_intermediate_size"):
         width = given(name, tensor)
@@ -294,7 +294,7 @@ def _cuts(args: Any, world_name: str) -> Iterator[tuple[str, bool, str]]:
         yield (
             "expert_model_parallel_size",
             args.world_size % (own * expert * pipeline) == 0,
-            f"times {own} expert-tensor-parallel and {pipeline} pipeline ranks a divisor of the "
+            f"numbers that, times {own} expert-tensor-parallel and {pipeline} pipeline ranks, divide the "
             f"{args.world_size} {world_name}",
         )
     instances = given("num_distributed_optimizer_instances")
@@ -322,11 +322,12 @@ def _chunks(args: Any, pipeline: int, replicas: int) -> Iterator[tuple[str, bool
     yield name, fits, f"divisors of the {layers} layers of a pipeline rank"
     if (layers // per_chunk if chunks is None else chunks) > 1:
         steps = args.global_batch_size // (args.micro_batch_size * replicas)
-        yield name, pipeline > 1, f"{'1' if per_chunk is None else layers} with one pipeline rank"
+        single = 1 if per_chunk is None else layers
+        yield name, pipeline > 1, f"{single} with one pipeline rank"
         yield (
             name,
             steps >= pipeline,
-            f"with at least {pipeline} micro-batches of a rank in a step, not {steps}",
+            f"{single} with fewer than {pipeline} micro-batches of a rank in a step, here {steps}",
         )
 
 
@@ -344,14 +345,18 @@ def _exchanges(args: Any, tensor: int, context: int) -> Iterator[tuple[str, bool
     if context == 1 or not args.num_attention_heads or not kinds & {"a2a", "a2a+p2p"}:
         return
     if "a2a+p2p" in kinds:
-        yield "cp_comm_type", len(sizes) == 2, "a2a+p2p with two --hierarchical-context-parallel-sizes"
+        yield (
+            "cp_comm_type",
+            len(sizes) == 2,
+            "p2p, all_gather, a2a, or a2a+p2p with two --hierarchical-context-parallel-sizes",
+        )
     heads, groups = args.num_attention_heads // tensor, max(1, num_kv_heads_of(args) // tensor)
     ranks = context if "a2a" in kinds else sizes[0]
     yield (
-        "context_parallel_size",
+        "context_parallel_size" if "a2a" in kinds else "hierarchical_context_parallel_sizes",
         heads % ranks == groups % ranks == 0,
-        f"with {' and '.join(sorted(kinds))}: {ranks} ranks must divide the {heads} heads and {groups} KV "
-        "heads of a tensor-parallel rank",
+        f"{'' if 'a2a' in kinds else 'first '}a common divisor of the {heads} heads and {groups} KV heads of "
+        f"a tensor-parallel rank with {' and '.join(sorted(kinds))}",
     )
 
 

@@ -127,6 +127,6 @@ class _Converter:
         ):
             raise UserError(
                 f"with_fope: {module.__module__}.{module.__qualname__} cannot be converted; "
-                "allowed: megatron.core's SelfAttention or MLASelfAttention in a ModuleSpec, or a subclass "
+                "use megatron.core's SelfAttention or MLASelfAttention in a ModuleSpec, or a subclass "
                 "of megatron_fope.FoPESelfAttention"
             )

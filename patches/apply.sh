@@ -16,11 +16,11 @@ case ${1:-} in
     shift
     ;;
 esac
-[ $# -eq 1 ] || fail "$# folders are given; allowed: $usage"
+[ $# -eq 1 ] || fail "$# folders are given; use $usage"
 command -v git >/dev/null || fail "git is not installed; it applies the patches"
-tree=$(cd "$1" 2>/dev/null && pwd -P) || fail "'$1' is no folder; allowed: $usage"
+tree=$(cd "$1" 2>/dev/null && pwd -P) || fail "'$1' is no folder; use $usage"
 for file in megatron/core/package_info.py megatron/training/arguments.py; do
-    [ -f "$tree/$file" ] || fail "'$1' has no $file; allowed: a Megatron-LM checkout"
+    [ -f "$tree/$file" ] || fail "'$1' has no $file; use a Megatron-LM checkout"
 done
 
 version=$(sed -n 's/^\(MAJOR\|MINOR\) = \([0-9]*\).*/\2/p' "$tree/megatron/core/package_info.py" | paste -sd.)

@@ -143,9 +143,7 @@ HOST_FLAGS = {
     ),
     "a file instead of flags": case("--yaml-cfg some.yaml", "--yaml-cfg is given", "use flags"),
     "rotary percent": case("--rotary-percent 0.5", "--rotary-percent is 0.5", "1.0"),
-    "multi-latent attention": case(
-        "--multi-latent-attention", "--rope-type is yarn", "allowed: --rope-type rope"
-    ),
+    "multi-latent attention": case("--multi-latent-attention", "--rope-type is yarn", "use --rope-type rope"),
     "multimodal sections": case("--mrope-section 2 3 3", "--mrope-section is given", "leave it out"),
     "fused rotation of a script that has the flag": case(
         "--apply-rope-fusion",
@@ -176,7 +174,7 @@ HOST_FLAGS = {
         "--dataloader-inter-document-masking --context-parallel-size 2",
         "--dataloader-inter-document-masking is given",
         "--context-parallel-size 2",
-        "allowed: --context-parallel-size 1",
+        "use --context-parallel-size 1",
     ),
     "position ids that not every pipeline stage gets": case(
         "--reset-position-ids --pipeline-model-parallel-size 2",
@@ -515,7 +513,10 @@ def test_folder_without_a_checkpoint(refused: Callable[..., None], data: Path) -
 def test_tracker_that_names_no_iteration(refused: Callable[..., None], data: Path) -> None:
     (data.parent / "latest_checkpointed_iteration.txt").write_text("latest")
     refused(
-        evaluate(data, "--checkpoint", data.parent), "--checkpoint is", "'latest'", "a number or 'release'"
+        evaluate(data, "--checkpoint", data.parent),
+        "--checkpoint is",
+        "'latest'",
+        "the number of an iteration or 'release'",
     )
 
 

@@ -78,7 +78,7 @@ BAD: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     ),
     "start of FoPE": (
         lambda t: [t / "fope", t / "new", "--fope-start-from-rope"],
-        "--fope-start-from-rope is 'immediate'; allowed: for a SOURCE of RoPE",
+        "--fope-start-from-rope is 'immediate'; requires a SOURCE of RoPE",
     ),
     "unknown start": (
         lambda t: [t / "rope", t / "new", "--fope-start-from-rope", "x"],
@@ -181,7 +181,7 @@ def test_other_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         tmp_path / "legacy" / "iter_0000004" / "mp_rank_00" / "model_optim_rng.pt",
     )
     error = refusal(capsys, "convert", tmp_path / "legacy", tmp_path / "new")
-    assert "legacy format torch; allowed: torch_dist" in error and "--ckpt-convert-format" in error
+    assert "legacy format torch; requires torch_dist" in error and "--ckpt-convert-format" in error
     assert "legacy format torch" in refusal(capsys, "diff", tmp_path / "legacy", other.folder)
 
 

@@ -70,7 +70,7 @@ REFUSED = {
     "--ulysses 2 --seq-length 66": "--seq-length is 66; allowed: a multiple of 4 "
     "(two pieces per rank of --ulysses)",
     "--global-batch-size 3": "--global-batch-size is 3; allowed: a multiple of 2 (ranks / --ulysses)",
-    "--zero 2 --zero-init": "--zero-init is given with --zero 2; allowed: --zero 3",
+    "--zero 2 --zero-init": "--zero-init is given with --zero 2; requires --zero 3",
     "--bf16 --fope-learnable": "--fope-learnable is given with --bf16, where DeepSpeed rounds every "
     "parameter to bf16, but coefficients need fp32; leave one of the two out",
     "--zero 3 --zero-init --bf16 --position rope": "--zero-init is given with --bf16 --position rope, where "

@@ -134,9 +134,7 @@ def test_set_up_leaves_what_it_did_not_make(tmp_path: Path) -> None:
     """A folder with files, an environment without our packages, and a complete one."""
     (tmp_path / "files" / "thesis").mkdir(parents=True)
     done = set_up(VENV=str(tmp_path / "files"))
-    assert done.returncode == 2 and done.stderr.endswith(
-        "which is no Python environment; allowed: a new folder\n"
-    )
+    assert done.returncode == 2 and done.stderr.endswith("which is no Python environment; use a new folder\n")
     assert (tmp_path / "files" / "thesis").exists()
 
     bare = tmp_path / "bare"

@@ -164,12 +164,12 @@ def test_vllm_finds_the_attention_function() -> None:
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"normalization": "LayerNorm"}, "--normalization LayerNorm; allowed for Llama: RMSNorm"),
-        ({"add_bias_linear": True}, "--add-bias-linear True; allowed for Llama: False"),
-        ({"swiglu": False}, "--swiglu False; allowed for Llama: True"),
-        ({"num_experts": 8}, "--num-experts 8; allowed: without"),
-        ({"mtp_num_layers": 1}, "--mtp-num-layers 1; allowed: without"),
-        ({"qk_layernorm": True}, "--qk-layernorm True; allowed: without"),
+        ({"normalization": "LayerNorm"}, "--normalization LayerNorm; Llama requires RMSNorm"),
+        ({"add_bias_linear": True}, "--add-bias-linear True; Llama requires False"),
+        ({"swiglu": False}, "--swiglu False; Llama requires True"),
+        ({"num_experts": 8}, "--num-experts 8; use a model without it"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers 1; use a model without it"),
+        ({"qk_layernorm": True}, "--qk-layernorm True; use a model without it"),
         ({"rotary_percent": 0.5}, "--rotary-percent 0.5; allowed: 1.0"),
         ({"softmax_type": "off-by-one"}, "--softmax-type off-by-one; allowed: vanilla"),
         (
@@ -195,7 +195,7 @@ def test_folders(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyP
         **COMPLETE,
     )
     (tmp_path / "here").mkdir()
-    with pytest.raises(UserError, match="which exists; allowed: a new folder"):
+    with pytest.raises(UserError, match="which exists; use a new folder"):
         script.export(source.folder, tmp_path / "here")
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path / "here"), str(tmp_path / "hf")],

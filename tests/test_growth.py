@@ -210,7 +210,7 @@ def test_what_cannot_grow(trainer: Trainer, short: Run) -> None:
     load = ("--load", str(short.folder), "--no-load-optim")
     for flags, message in {
         LONGER: "; --fope-grow grows the coefficients",
-        (*FOPE, "--fope-train-length", "32", GROW): "coefficients only grow, allowed: at least 64",
+        (*FOPE, "--fope-train-length", "32", GROW): "coefficients only grow; allowed: at least 64",
         (*LONGER, GROW, "--fope-profile", "intern-s1-pro"): "growth keeps the profile",
         (*LONGER, GROW, "--rotary-base", "500"): "--fope-change-rotary-base accepts the change",
         (*LONGER, GROW, "--fope-learnable"): "--fope-learnable is True, but the checkpoint in",

@@ -35,7 +35,7 @@ def test_asking_for_triton_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for check in (implementation.choose, implementation.check_available):
         with pytest.raises(
-            UserError, match=r"--fope-implementation is 'triton', but .*; allowed here: auto, torch"
+            UserError, match=r"--fope-implementation is 'triton', but .*; allowed: auto, torch"
         ):
             check("triton", CPU)
 

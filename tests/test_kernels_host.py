@@ -343,7 +343,7 @@ BAD_INPUT = {
         r"sin_coef is torch.bfloat16; allowed: float32",
     ),
     "basis in 16 bit": ({"cos_basis": lambda b: b.half()}, r"cos_basis is torch.float16; allowed: float32"),
-    "devices": ({"sin_basis": lambda b: b.to("meta")}, r"sin_basis is on meta and query on .*; allowed: one"),
+    "devices": ({"sin_basis": lambda b: b.to("meta")}, r"sin_basis is on meta and query on .*; use one"),
     "last stride": (
         {"query": lambda q: q.expand(6, 1, 4, 24)[..., ::2], "key": lambda k: k[..., ::2]},
         r"stride",
@@ -409,7 +409,7 @@ def test_positions_beyond_the_basis() -> None:
 
 def test_in_place_only_without_gradients() -> None:
     named = _changed(inplace=True)
-    with pytest.raises(ValueError, match=r"allowed: under torch.no_grad\(\) only"):
+    with pytest.raises(ValueError, match=r"use it under torch.no_grad\(\) only"):
         ops.rotate_triton(**named | {"query": named["query"].clone().requires_grad_()})
     with torch.no_grad(), pytest.raises(ValueError, match="query is an expanded tensor"):
         ops.rotate_triton(**named | {"query": named["query"][:, :, :1].expand(-1, -1, 4, -1)})

@@ -159,7 +159,7 @@ def test_commands_without_the_checkpoint(
 REFUSED = {
     "unknown key": ("gpus = 4 -> gpus = 4\nnodes = 3", "nodes is unknown; allowed: launcher, gpus, save"),
     "type": ("gpus = 4 -> gpus = 'four'", "gpus is 'four'; allowed: a whole number"),
-    "missing": ("lr = 1e-3 -> ", "stage 1: lr is missing; allowed: in [[stage]] or in [megatron]"),
+    "missing": ("lr = 1e-3 -> ", "stage 1: lr is missing; requires a value in [[stage]] or in [megatron]"),
     "owned": ("lr = 5e-4 -> lr = 5e-4\nfinetune = true", "stage 2: finetune is given, but a ladder sets it"),
     "variable": (
         "${LADDER_DATA} -> ${LADDER_NONE}",
@@ -167,12 +167,12 @@ REFUSED = {
     ),
     "same name": (
         "seq-length = 128 -> seq-length = 128\nname = 'long'",
-        "name is 'long' in 2 stages; allowed: different ones",
+        "name is 'long' in 2 stages; use different ones",
     ),
     "shrinks": ("seq-length = 512 -> seq-length = 96", "stage 2: --seq-length is 96, but "),
     "context": (
         "seq-length = 512 -> seq-length = 516",
-        "stage 2: --context-parallel-size is 4; allowed: twice of it must divide the 516 tokens",
+        "stage 2: --context-parallel-size is 4; allowed: numbers whose double divides the 516 tokens",
     ),
     "heads": ("tensor-model-parallel-size = 2 -> tensor-model-parallel-size = 3\ngpus = 3", "stage 1: --ten"),
     "ranks": ("context-parallel-size = 4 -> context-parallel-size = 8", "stage 2: --tensor-model-parallel-s"),
@@ -183,7 +183,7 @@ REFUSED = {
     "model": ("num-query-groups = 2 -> num-query-groups = 4", "stage 1: --num-query-groups is 4, but the"),
     "layers": ("num-layers = 4 -> num-layers = 6", "stage 1: --num-layers is 6, but the checkpoint in "),
     "warm-up": ("lr = 5e-4 -> lr = 5e-4\nlr-warmup-iters = 4", "stage 2: --lr-warmup-iters is 4; allowed"),
-    "no start": ('from-rope = "immediate" -> ', "stage 1: {folder}/base is a RoPE model; allowed: with"),
+    "no start": ('from-rope = "immediate" -> ', "stage 1: {folder}/base is a RoPE model; requires [start]"),
     "start": ('"immediate" -> "slowly"', "stage 1: --fope-start-from-rope is 'slowly'; allowed: immediate"),
     "anneal": ('"immediate" -> "immediate"\nanneal-iters = 3', "stage 1: [start] anneal-iters is given;"),
     "anneal too long": (
@@ -229,7 +229,7 @@ def test_no_toml(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("gpus = = 3")
     with pytest.raises(UserError, match=r"no valid TOML: .*line 1"):
         read_schedule(tmp_path / "a.toml")
-    with pytest.raises(UserError, match=r"SCHEDULE is .*allowed: a TOML file"):
+    with pytest.raises(UserError, match=r"SCHEDULE is .*; use a TOML file"):
         read_schedule(tmp_path / "b.toml")
 
 

@@ -190,7 +190,7 @@ def test_wrong_trees(tree: Path) -> None:
     assert arguments.read_text() == changed
 
     arguments.unlink()
-    assert f"has no {ARGUMENTS}; allowed: a Megatron-LM checkout" in refused(tree)
+    assert f"has no {ARGUMENTS}; use a Megatron-LM checkout" in refused(tree)
     assert "has no megatron/core/package_info.py" in refused(ROOT)
     assert "is no folder" in refused(tree / "missing")
     assert "0 folders are given" in refused()

@@ -415,11 +415,14 @@ assert "torch" not in sys.modules
             "--tensor-model-parallel-size 64",
             "--tensor-model-parallel-size is 64; allowed: a divisor of the 32",
         ),
-        ("--context-parallel-size 2 --seq-length 8190", "--context-parallel-size is 2; allowed: twice of it"),
+        (
+            "--context-parallel-size 2 --seq-length 8190",
+            "--context-parallel-size is 2; allowed: numbers whose",
+        ),
         ("--pipeline-model-parallel-size 2 --global-batch-size 20", "--global-batch-size is 20"),
         (
             "--tensor-model-parallel-size 8 --context-parallel-size 2 --cp-comm-type a2a",
-            "with a2a: 2 ranks must",
+            "--context-parallel-size is 2; allowed: a common divisor of the 4 heads and 1 KV",
         ),
         ("--num-query-groups 5", "--num-query-groups is 5"),
         ("--num-layers 0", "--num-layers is 0"),

@@ -154,11 +154,11 @@ def test_every_script_parses_and_is_in_a_readme(name: str) -> None:
 @pytest.mark.parametrize(
     "name,variables,message",
     [
-        ("gpt_60m", {"DATA_PATH": ""}, "DATA_PATH is not set; allowed: what Megatron's --data-path takes"),
+        ("gpt_60m", {"DATA_PATH": ""}, "DATA_PATH is not set; requires what Megatron's --data-path takes"),
         ("gpt_60m", {"DATA_PATH": "/no/data"}, "DATA_PATH: /no/data.bin or /no/data.idx does not exist"),
-        ("gpt_60m", {"TOKENIZER": ""}, "TOKENIZER is not set; allowed: a folder of a Hugging Face tokenizer"),
+        ("gpt_60m", {"TOKENIZER": ""}, "TOKENIZER is not set; requires a folder of a Hugging Face tokenizer"),
         ("gpt_60m", {"TOKENIZER": "/no/tokenizer"}, "TOKENIZER: /no/tokenizer does not exist"),
-        ("dense_8b", {"MASTER_ADDR": ""}, "MASTER_ADDR is not set; allowed: the name of the first node"),
+        ("dense_8b", {"MASTER_ADDR": ""}, "MASTER_ADDR is not set; requires the name of the first node"),
         ("dense_8b", {"POSITION": "alibi"}, "POSITION is 'alibi'; allowed: rope or fope"),
         ("dense_8b", {"NNODES": "two"}, "NNODES is 'two'; allowed: a whole number, 1 or more"),
         ("dense_8b", {"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE is '0'; allowed: a whole number, 1 or more"),
@@ -170,7 +170,7 @@ def test_every_script_parses_and_is_in_a_readme(name: str) -> None:
         ),
         ("dense_70b", {"PP": "3", "NNODES": "3"}, "PP is 3; allowed: divisors of the model's 80 layers"),
         ("dense_8b", {"TP": "3", "NNODES": "3"}, "TP is 3; allowed: divisors or multiples of the "),
-        ("dense_8b", {"CP": "4", "SEQ_LENGTH": "4100"}, "SEQ_LENGTH is 4100; allowed with CP=4: multiples "),
+        ("dense_8b", {"CP": "4", "SEQ_LENGTH": "4100"}, "SEQ_LENGTH is 4100; allowed: multiples of 8"),
         ("dense_8b", {"EP": "2"}, "EP is 2 and ETP is 1, but the model has no experts; allowed: 1"),
         ("moe_8x7b", {"EP": "3"}, "EP is 3; allowed: divisors of the model's 8 experts"),
         (
@@ -183,9 +183,9 @@ def test_every_script_parses_and_is_in_a_readme(name: str) -> None:
             {"GLOBAL_BATCH_SIZE": "100"},
             "GLOBAL_BATCH_SIZE is 100; allowed: multiples of MICRO_BATCH_SIZE x 16 data-parallel replicas",
         ),
-        ("evaluate", {}, "CHECKPOINTS is not set; allowed: folders made by --save"),
+        ("evaluate", {}, "CHECKPOINTS is not set; requires folders made by --save"),
         ("evaluate", {"CHECKPOINTS": "A=/no/run"}, "CHECKPOINTS: /no/run is not a folder made by --save"),
-        ("evaluate", {"CHECKPOINTS": "A={base}", "DATA_PATH": ""}, "DATA_PATH is not set; allowed: a held"),
+        ("evaluate", {"CHECKPOINTS": "A={base}", "DATA_PATH": ""}, "DATA_PATH is not set; requires a held"),
         ("evaluate", {"CHECKPOINTS": "{base}", "DATA_PATH": "/no/x"}, "DATA_PATH: /no/x.bin or /no/x.idx do"),
     ],
 )  # fmt: skip

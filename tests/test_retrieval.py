@@ -193,8 +193,8 @@ def test_buckets_of_positions() -> None:
 @pytest.mark.parametrize(
     ("call", "line"),
     [
-        (lambda: TASKS["needle"].prompt(TEXT, 17, 0.5, 0), "--lengths: 17 given; allowed: at least 18"),
-        (lambda: TASKS["needle"].prompt(TEXT, 64, 1.5, 0), "--depths: 1.5 given"),
+        (lambda: TASKS["needle"].prompt(TEXT, 17, 0.5, 0), "--lengths is 17; allowed: at least 18"),
+        (lambda: TASKS["needle"].prompt(TEXT, 64, 1.5, 0), "--depths is 1.5; allowed: numbers from 0 to 1"),
         (lambda: make_recall(64, 0.5, rng(), key_ids=[5], value_ids=VALUES), "the keys are 1 different ids"),
         (lambda: make_recall(64, 0.5, rng(), key_ids=KEYS, value_ids=[7]), "the values are 1 different ids"),
         (
@@ -293,14 +293,14 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ("--length 4", "--length: 4 given; allowed is 8 or more"),
-        ("--documents 0", "--documents: 0 given; allowed is 1 or more"),
-        ("--keys 1", "--keys: 1 given; allowed is 2 or more"),
-        ("--values 1", "--values: 1 given; allowed is 2 or more"),
-        ("--pair-fraction 1.5", "--pair-fraction: 1.5 given; allowed is 0 < fraction <= 1"),
-        ("--keys 20", "--keys: 20 given; allowed is at most 8"),
+        ("--length 4", "--length is 4; allowed: 8 or more"),
+        ("--documents 0", "--documents is 0; allowed: 1 or more"),
+        ("--keys 1", "--keys is 1; allowed: 2 or more"),
+        ("--values 1", "--values is 1; allowed: 2 or more"),
+        ("--pair-fraction 1.5", "--pair-fraction is 1.5; allowed: greater than 0, at most 1"),
+        ("--keys 20", "--keys is 20; allowed: at most 8"),
         ("--text {folder}/no", "--text: '{folder}/no' given; {folder}/no.bin does not exist"),
-        ("--text {folder}/there", "--text: '{folder}/there' given, which does not say what its ids mean"),
+        ("--text {folder}/there", "--text is '{folder}/there', which does not say what its ids mean"),
         ("--output-prefix {folder}/there", "--output-prefix: {folder}/there.bin exists"),
     ],
 )
@@ -326,21 +326,21 @@ STORED = {
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ("--lengths 8", "--lengths: 8 given; allowed for this needle task: at least 26"),
+        ("--lengths 8", "--lengths is 8; allowed: at least 26 for this needle task"),
         ("--lengths 0", "--lengths is [0]; allowed: whole numbers"),
         ("--lengths long", "--lengths is 'long'; allowed: whole numbers"),
         (
             "--lengths 67",
-            "--lengths: 67 given; allowed with sequence parallelism over 2 ranks: multiples of 2",
+            "--lengths is 67; allowed: multiples of 2 with sequence parallelism over 2 ranks",
         ),
         (
             "--lengths 68 --context-parallel-size 2",
-            "--lengths: 68 given; allowed with --context-parallel-size 2 and sequence parallelism over 2 "
-            "ranks: multiples of 8",
+            "--lengths is 68; allowed: multiples of 8 with --context-parallel-size 2 and sequence "
+            "parallelism over 2 ranks",
         ),
         (
             "--lengths 66 --context-parallel-size 2 --tensor-model-parallel-size 1",
-            "--lengths: 66 given; allowed with --context-parallel-size 2: multiples of 4",
+            "--lengths is 66; allowed: multiples of 4 with --context-parallel-size 2",
         ),
         ("--context-parallel-size 0", "--context-parallel-size is 0; allowed: 1 or more"),
         ("--tensor-model-parallel-size 5", "--tensor-model-parallel-size is 5; allowed: divisors of 384"),
@@ -353,7 +353,7 @@ STORED = {
         ("--key-ids 0:500 --value-ids 0:9", "the needle task has id 499; allowed: ids below 384"),
         ("--task recall --key-ids 0:9 --value-ids 8:20", "--key-ids and --value-ids have ids in common"),
         ("--task recall --value-tokens 2", "--value-tokens is 2 with --task recall; allowed: 1"),
-        ("--tokenizer bytes", "--tokenizer is 'bytes' with --task needle; allowed: with passkey"),
+        ("--tokenizer bytes", "--tokenizer is 'bytes' with --task needle; use --task passkey"),
         ("--task passkey --tokenizer nothing", "--tokenizer: 'nothing' is neither 'bytes' nor an existing"),
         ("--task passkey --tokenizer bytes --marker=", "--marker is '', which has no tokens"),
         ("--data-path nowhere", "--data-path is 'nowhere': nowhere.bin does not exist"),

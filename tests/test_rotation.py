@@ -127,7 +127,7 @@ def test_no_tokens() -> None:
 BAD_INPUT = {
     "dtypes differ": ({"key": lambda k: k.half()}, "query is torch.float32 and key torch.float16"),
     "integers": ({"query": lambda q: q.int(), "key": lambda k: k.int()}, "query is torch.int32"),
-    "device mix": ({"key": lambda k: k.to("meta")}, "key is on meta and query on cpu; allowed: one device"),
+    "device mix": ({"key": lambda k: k.to("meta")}, "key is on meta and query on cpu; use one device"),
     "16-bit coefficients": (
         {"coefficients": lambda c: {name: value.bfloat16() for name, value in c.items()}},
         "sin_coef is torch.bfloat16; allowed: float32, float64",
@@ -147,7 +147,7 @@ BAD_INPUT = {
     "bases differ": ({"basis": lambda basis: (basis[0][:3], basis[1])}, r"sin_basis is \(3, "),
     "positions beyond the table": (
         {"basis": lambda basis: tuple(b[:-1] for b in basis)},
-        "the basis has 36 rows; allowed: one per token of query, 37",
+        "the basis has 36 rows; requires one per token of query, 37",
     ),
     "three dimensions": (
         {"query": lambda q: q[0], "key": lambda k: k[0]},

@@ -135,9 +135,9 @@ def test_nonsense_in_a_job(variables: dict[str, str], message: str, tmp_path: Pa
 
 
 def test_mistakes_of_a_job(here: dict[str, str], tmp_path: Path) -> None:
-    assert error("slurm.sh").startswith("the first argument is ''; allowed: a launch script")
+    assert error("slurm.sh").startswith("the first argument is ''; use a launch script")
     dense = str(EXAMPLES / DENSE)
-    assert error("slurm.sh", dense, **here).startswith("SLURM_JOB_ID is not set; allowed: sbatch --nodes N")
+    assert error("slurm.sh", dense, **here).startswith("SLURM_JOB_ID is not set; use sbatch --nodes N")
     job = fake_slurm(tmp_path) | {"SLURM_NNODES": "4", "DATA_PATH": "/no/data"}
     done = script("slurm.sh", dense, **(here | job))
     assert done.returncode == 2 and done.stdout == "", "nothing was started"

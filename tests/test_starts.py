@@ -137,9 +137,12 @@ def test_another_base(trainer: Trainer, rope: Run) -> None:
         ),
         (
             {"anneal_iters": 9},
-            "--fope-anneal-iters is 9; allowed with: --fope-start-from-rope function-preserv",
+            "--fope-anneal-iters is 9; requires --fope-start-from-rope function-preserv",
         ),
-        ({"start_from_rope": "immediate", "anneal_iters": 9}, "--fope-anneal-iters is 9; allowed with: "),
+        (
+            {"start_from_rope": "immediate", "anneal_iters": 9},
+            "--fope-anneal-iters is 9; requires --fope-start",
+        ),
         (
             {"start_from_rope": "clip-only", "init": "eye"},
             "--fope-init is 'eye'; --fope-start-from-rope clip-",

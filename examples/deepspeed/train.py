@@ -92,7 +92,7 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} is {value}; allowed: a multiple of {divisor} ({why})")
     fope_config(args)
     if args.zero_init and args.zero != 3:
-        raise UserError(f"--zero-init is given with --zero {args.zero}; allowed: --zero 3")
+        raise UserError(f"--zero-init is given with --zero {args.zero}; requires --zero 3")
     if args.bf16 and args.fope_learnable:
         raise UserError(
             "--fope-learnable is given with --bf16, where DeepSpeed rounds every parameter to bf16, but "

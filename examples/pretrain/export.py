@@ -94,7 +94,7 @@ def export(checkpoint: str | Path, out: str | Path, iteration: int | None = None
         raise UserError("the export needs safetensors; install it with: pip install safetensors") from None
     out = Path(out)
     if out.exists() or out.is_symlink():
-        raise UserError(f"OUT is {str(out)!r}, which exists; allowed: a new folder")
+        raise UserError(f"OUT is {str(out)!r}, which exists; use a new folder")
     source = open_checkpoint(checkpoint, iteration, name="CHECKPOINT")
     config = describe(source)
     try:
@@ -125,10 +125,12 @@ def describe(source: Checkpoint) -> dict[str, Any]:
     for name, (flag, value) in REQUIRED.items():
         stored = getattr(args, name, None)
         if stored != value:
-            raise UserError(f"{where}: it was trained with {flag} {stored}; allowed for Llama: {value}")
+            raise UserError(f"{where}: it was trained with {flag} {stored}; Llama requires {value}")
     for name, flag in WITHOUT_PLACE.items():
         if getattr(args, name, None):
-            raise UserError(f"{where}: it was trained with {flag} {getattr(args, name)}; allowed: without")
+            raise UserError(
+                f"{where}: it was trained with {flag} {getattr(args, name)}; use a model without it"
+            )
     if getattr(args, "rotary_percent", 1.0) != 1.0:
         raise UserError(f"{where}: it was trained with --rotary-percent {args.rotary_percent}; allowed: 1.0")
     softmax = getattr(args, "softmax_type", "vanilla")

@@ -69,7 +69,7 @@ def require_supported_megatron() -> Version:
     if not has_training_loop():
         raise UserError(
             "--position-embedding-type fope needs megatron.training, which the wheel of Megatron-Core "
-            f"{version} does not have; allowed: megatron-core {SUPPORTED_MEGATRON}, a Megatron-LM checkout, "
+            f"{version} does not have; use megatron-core {SUPPORTED_MEGATRON}, a Megatron-LM checkout, "
             "or the layer spec (megatron_fope.with_fope), which needs megatron.core alone"
         )
     return version

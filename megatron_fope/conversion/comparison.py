@@ -88,7 +88,7 @@ def diff(
     for name, checkpoint in (("A", a), ("B", b)):
         if checkpoint.metadata is None:
             raise UserError(
-                f"{name} is {str(checkpoint.folder)!r} with the legacy format torch; allowed: torch_dist"
+                f"{name} is {str(checkpoint.folder)!r} with the legacy format torch; requires torch_dist"
             )
     _check_same_model(a, b)
     comparison = Comparison()

@@ -90,7 +90,7 @@ def convert(
     checkpoint = open_checkpoint(source, iteration, name="SOURCE")
     if checkpoint.format != "torch_dist":
         raise UserError(
-            f"SOURCE is {str(source)!r} with the legacy format torch; allowed: torch_dist, which Megatron "
+            f"SOURCE is {str(source)!r} with the legacy format torch; requires torch_dist, which Megatron "
             "makes of it with --ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
         )
     before = checkpoint.position_embedding_type, _train_length(checkpoint.args)
@@ -158,8 +158,8 @@ def _train_length(args: argparse.Namespace) -> int:
 def _check_target(source: Path, target: Path) -> None:
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
-        raise UserError(f"TARGET is {str(target)!r}, which is SOURCE or a part of it; allowed: a new folder")
+        raise UserError(f"TARGET is {str(target)!r}, which is SOURCE or a part of it; use a new folder")
     if target.exists() or target.is_symlink():
-        raise UserError(f"TARGET is {str(target)!r}, which exists; allowed: a new folder")
+        raise UserError(f"TARGET is {str(target)!r}, which exists; use a new folder")
     if not target.parent.is_dir():
         raise UserError(f"TARGET is {str(target)!r}: the folder {str(target.parent)!r} does not exist")

@@ -99,8 +99,8 @@ def attention_layers(checkpoint: Checkpoint) -> list[AttentionLayers]:
             layers.append(AttentionLayers(prefix, (int(prediction[1]) + 1,), "mtp", False))
         else:
             raise UserError(
-                f"{checkpoint.path} has self-attention in {prefix}*, which this command does not know; "
-                "allowed: decoder.layers and mtp.layers of GPT models, or training with "
+                f"{checkpoint.path} has self-attention in {prefix}*, which this command does not know "
+                "(only decoder.layers and mtp.layers of GPT models); use training with "
                 "--fope-start-from-rope"
             )
     if not layers:

@@ -78,7 +78,7 @@ def plan(
     old = fope_config_from_args(checkpoint.args) if kind == FOPE else None
     _refuse_optimizer_of_learnable(checkpoint, old)
     if start is not None and (old is not None or position_embedding_type == ROPE):
-        raise UserError(f"{START_FROM_ROPE} is {start!r}; allowed: for a SOURCE of RoPE that becomes FoPE")
+        raise UserError(f"{START_FROM_ROPE} is {start!r}; requires a SOURCE of RoPE that becomes FoPE")
     if position_embedding_type == ROPE:
         return _to_rope(checkpoint, args, given, old)
     args.position_embedding_type, args.add_position_embedding = FOPE, False
@@ -151,7 +151,7 @@ def _refuse_optimizer_of_learnable(checkpoint: Checkpoint, config: FoPEConfig | 
     if config is not None and config.learnable and checkpoint.has_optimizer:
         raise UserError(
             f"--fope-learnable is set and SOURCE {str(checkpoint.folder)!r} holds optimizer states, which do "
-            "not go with other coefficients; allowed: frozen coefficients (later learnable with --finetune "
+            "not go with other coefficients; use frozen coefficients (later learnable with --finetune "
             "--fope-learnable), or a checkpoint saved with --no-save-optim"
         )
 

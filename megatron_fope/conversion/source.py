@@ -210,7 +210,7 @@ def open_checkpoint(folder: str | Path, iteration: int | str | None = None, *, n
         return UserError(f"{name} is {str(folder)!r}: {reason}")
 
     if not folder.is_dir():
-        raise refuse("no such folder")
+        raise refuse("no such folder; use a folder made by --save")
     if iteration is None:
         iteration = _latest(folder, refuse)
     path = folder / iteration_folder(iteration)
@@ -244,9 +244,12 @@ def is_optimizer(name: str) -> bool:
 def _latest(folder: Path, refuse: Any) -> int | str:
     if re.fullmatch(r"iter_\d+|release", folder.name) and not newer_than(folder, -1):
         raise refuse("this is one iteration; give the folder above it")
-    latest = tracked_iteration(folder)
+    try:
+        latest = tracked_iteration(folder)
+    except UserError as error:
+        raise refuse(str(error)) from None
     if latest is None:
-        raise refuse("no latest_checkpointed_iteration.txt there; allowed: a folder made by --save")
+        raise refuse("no latest_checkpointed_iteration.txt there; use a folder made by --save")
     return latest
 
 
@@ -283,7 +286,7 @@ def _read_common(path: Path, metadata: Any, refuse: Any) -> dict[str, Any]:
     except Exception as error:
         raise refuse(f"the arguments in {path} cannot be read ({describe_error(error)})") from None
     if getattr(stored, "seq_length", None) is None:
-        raise refuse(f"{path} stores no arguments; allowed: a checkpoint saved by Megatron's training")
+        raise refuse(f"{path} stores no arguments; use a checkpoint saved by Megatron's training")
     _check_arguments(stored, path, refuse)
     return common
 

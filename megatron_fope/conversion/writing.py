@@ -87,7 +87,7 @@ def write(
                     f"SOURCE {str(source.folder)!r} was changed while it was converted; try again"
                 )
             if os.path.lexists(target):
-                raise UserError(f"TARGET is {str(target)!r}: it was made meanwhile; allowed: a new folder")
+                raise UserError(f"TARGET is {str(target)!r}: it was made meanwhile; use a new folder")
             new.rename(target)
         _sync(target.parent)
     except OSError as error:

@@ -113,8 +113,8 @@ def add_argument_defaults(argv: list[str]) -> list[str]:
     for flag, allowed in ALLOWED_VALUES.items():
         for value in given.get(flag, []):
             if value not in allowed:
-                instead = " or ".join(sorted(allowed)) if allowed else "no such flag"
-                raise UserError(f"{flag} {value or '(no value)'} needs CUDA; allowed on the CPU: {instead}")
+                instead = f"use {' or '.join(sorted(allowed))}" if allowed else "leave it out"
+                raise UserError(f"{flag} {value or '(no value)'} needs CUDA; {instead} on the CPU")
 
     megatron_fsdp = "--use-megatron-fsdp" in given
     if megatron_fsdp and "--save" in given:

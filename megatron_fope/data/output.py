@@ -39,7 +39,7 @@ def output_prefixes(output_prefix: str | os.PathLike[str], heldout: bool) -> lis
         raise UserError(f"--output-prefix: {prefix!r} given; use a name of printable characters")
     if len(os.fsencode(name)) > _LONGEST_NAME:
         raise UserError(
-            f"--output-prefix: a name of {len(os.fsencode(name))} bytes given; allowed: up to {_LONGEST_NAME}"
+            f"--output-prefix has a name of {len(os.fsencode(name))} bytes; allowed: up to {_LONGEST_NAME}"
         )
     return [f"{prefix}_train", f"{prefix}_heldout"] if heldout else [prefix]
 

@@ -152,12 +152,12 @@ def prepare_data(
     _check_choice("--on-bad-file", on_bad_file, ON_BAD_FILE)
     _check_choice("--format", input_format, FORMATS)
     if not 0 <= holdout_fraction < 1:
-        raise UserError(f"--holdout-fraction: {holdout_fraction} given; allowed is 0 <= fraction < 1")
+        raise UserError(f"--holdout-fraction is {holdout_fraction}; allowed: 0 to less than 1")
     if not 1 <= workers <= _MOST_WORKERS:
-        raise UserError(f"--workers: {workers} given; allowed is 1 or more, up to {_MOST_WORKERS}")
+        raise UserError(f"--workers is {workers}; allowed: 1 to {_MOST_WORKERS}")
     for flag, seed in (("--shuffle-seed", shuffle_seed), ("--holdout-seed", holdout_seed)):
         if seed is not None and seed < 0:  # Python's generators take a seed and its negative for the same
-            raise UserError(f"{flag}: {seed} given; allowed is 0 or more")
+            raise UserError(f"{flag} is {seed}; allowed: 0 or more")
     prefixes = output_prefixes(output_prefix, bool(holdout_fraction))
     refuse_existing(prefixes, overwrite)
     encoder = load_tokenizer(tokenizer, eod_token=eod_token, append_eod=append_eod)
@@ -400,7 +400,7 @@ def _hold_out(
 
 def _check_choice(flag: str, given: str, allowed: Sequence[str]) -> None:
     if given not in allowed:
-        raise UserError(f"{flag}: {given!r} given; allowed: {', '.join(allowed)}")
+        raise UserError(f"{flag} is {given!r}; allowed: {', '.join(allowed)}")
 
 
 def _training_notes(encoder: Tokenizer, prefixes: Sequence[str]) -> Iterator[str]:

@@ -166,15 +166,15 @@ def _check(length: int, documents: int, keys: int, values: int, pair_fraction: f
         ("--values", values, 2),
     ):
         if given < least:
-            raise UserError(f"{flag}: {given} given; allowed is {least} or more")
+            raise UserError(f"{flag} is {given}; allowed: {least} or more")
     if seed < 0:
-        raise UserError(f"--seed: {seed} given; allowed is 0 or more")
+        raise UserError(f"--seed is {seed}; allowed: 0 or more")
     if not 0 < pair_fraction <= 1:
-        raise UserError(f"--pair-fraction: {pair_fraction} given; allowed is 0 < fraction <= 1")
+        raise UserError(f"--pair-fraction is {pair_fraction}; allowed: greater than 0, at most 1")
     pairs = int(length * pair_fraction / 2)
     if pairs < 2 * keys:
         raise UserError(
-            f"--keys: {keys} given; allowed is at most {pairs // 2}, as a document of {length} tokens has "
+            f"--keys is {keys}; allowed: at most {pairs // 2}, as a document of {length} tokens has "
             f"{pairs} pairs and keys have to come again (--length, --pair-fraction)"
         )
 
@@ -187,7 +187,7 @@ def _vocab_size(text: str | os.PathLike[str]) -> int:
     sidecar = read_sidecar(text)
     if sidecar is None or "tokenizer" not in sidecar:
         raise UserError(
-            f"--text: {os.fspath(text)!r} given, which does not say what its ids mean; allowed: a dataset "
+            f"--text is {os.fspath(text)!r}, which does not say what its ids mean; use a dataset "
             "written by prepare-data, with its .json"
         )
     return sidecar["tokenizer"]["vocab_size"]

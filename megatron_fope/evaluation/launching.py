@@ -108,7 +108,7 @@ class Layout:
         for length in lengths:
             if length % parts:
                 raise UserError(
-                    f"--lengths: {length} given; allowed with {' and '.join(reasons)}: multiples of {parts}"
+                    f"--lengths is {length}; allowed: multiples of {parts} with {' and '.join(reasons)}"
                 )
 
 
@@ -155,9 +155,7 @@ def common_options(arguments: argparse.Namespace) -> dict[str, Any]:
     pairs = [_label(text) for text in arguments.checkpoint]
     labels = [label for label, _ in pairs]
     if len(set(labels)) < len(labels):
-        raise UserError(
-            f"--checkpoint has the labels {', '.join(labels)}; allowed: different ones, NAME=FOLDER"
-        )
+        raise UserError(f"--checkpoint has the labels {', '.join(labels)}; use different ones, NAME=FOLDER")
     return {
         "checkpoints": dict(pairs),
         "tokens_per_batch": arguments.tokens_per_batch,

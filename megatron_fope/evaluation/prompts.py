@@ -101,7 +101,7 @@ def make_needle(
             return tokens, answer
     raise UserError(
         f"--key-tokens is {key_tokens} with {len(key_ids)} key ids: the data holds every key that was tried; "
-        "allowed: longer keys, or ids that the data does not hold"
+        "use longer keys, or ids that the data does not hold"
     )
 
 
@@ -227,11 +227,11 @@ def mix_pairs(
 def _room(length: int, depth: float, key_tokens: int, value_tokens: int) -> int:
     """Tokens of haystack in a sequence that holds key and value twice."""
     if not 0 <= depth <= 1:
-        raise UserError(f"--depths: {depth:g} given; allowed: numbers from 0 to 1")
+        raise UserError(f"--depths is {depth:g}; allowed: numbers from 0 to 1")
     needed = 2 * (key_tokens + value_tokens)
     if length < needed:
         raise UserError(
-            f"--lengths: {length} given; allowed: at least {needed}, to hold a key of {key_tokens} and a "
+            f"--lengths is {length}; allowed: at least {needed}, to hold a key of {key_tokens} and a "
             f"value of {value_tokens} tokens twice"
         )
     return length - needed

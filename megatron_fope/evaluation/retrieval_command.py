@@ -183,8 +183,8 @@ def evaluate_retrieval(
         lengths = [trained * factor for factor in (1, 2, 4, 8, 16)]
     if min(lengths) < asked.shortest_length:
         raise UserError(
-            f"--lengths: {min(lengths)} given; allowed for this {asked.name} task: at least "
-            f"{asked.shortest_length}, which key and value need twice"
+            f"--lengths is {min(lengths)}; allowed: at least "
+            f"{asked.shortest_length} for this {asked.name} task, in which key and value come twice"
         )
     for info in infos.values():
         _check_vocabulary(asked, info)
@@ -283,9 +283,9 @@ def _task(
     name = name or ("recall" if recall else "needle")
     given_ids = key_ids is not None
     if (key_ids is None) != (value_ids is None):
-        raise UserError("--key-ids and --value-ids: one is given without the other; allowed: both or none")
+        raise UserError("--key-ids and --value-ids: one is given without the other; use both or none")
     if tokenizer is not None and name != "passkey":
-        raise UserError(f"--tokenizer is {str(tokenizer)!r} with --task {name}; allowed: with passkey")
+        raise UserError(f"--tokenizer is {str(tokenizer)!r} with --task {name}; use --task passkey")
     if name == "recall" and value_tokens not in (None, 1):
         raise UserError(f"--value-tokens is {value_tokens} with --task recall; allowed: 1")
     text = str(data_path)
@@ -297,7 +297,7 @@ def _task(
         if key_ids is None:
             key_ids, value_ids = range(*recall["key_ids"]), range(*recall["value_ids"])
     if name == "recall" and key_ids is not None and set(key_ids) & set(value_ids):
-        raise UserError("--key-ids and --value-ids have ids in common; allowed with --task recall: none")
+        raise UserError("--key-ids and --value-ids have ids in common; use different ones for --task recall")
     marks: tuple[int, ...] = ()
     if tokenizer is not None:
         marks, digits = _encode_marker(tokenizer, marker)
@@ -336,7 +336,7 @@ def _encode_marker(tokenizer: str | Path, marker: str) -> tuple[tuple[int, ...],
 
     marks = encode(marker)
     if not marks:
-        raise UserError(f"--marker is {marker!r}, which has no tokens; allowed: a text that has some")
+        raise UserError(f"--marker is {marker!r}, which has no tokens; use a text that has some")
     digits = [encode(str(digit)) for digit in range(10)]
     # Some tokenizers put a token for a space in front of every text.
     last = tuple(ids[-1] for ids in digits if ids)

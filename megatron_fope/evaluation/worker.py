@@ -63,7 +63,7 @@ def _retrieval(model: list[Any], request: dict[str, Any]) -> list[dict[str, Any]
         text = text[~np.isin(text, [*task.key_ids, *task.value_ids])]
     if not len(text):
         raise UserError(
-            f"--data-path is {request['text']!r}: it holds no tokens besides keys and values; allowed: data "
+            f"--data-path is {request['text']!r}: it holds no tokens besides keys and values; use data "
             "that does"
         )
     vocab_size = get_args().padded_vocab_size

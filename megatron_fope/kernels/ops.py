@@ -179,16 +179,14 @@ def _check_rows(
 ) -> None:
     if positions is not None:
         if (cp_rank, cp_size, offset) != (0, 1, 0):
-            raise ValueError("positions are given together with cp_rank, cp_size or offset; allowed: one way")
+            raise ValueError("positions are given together with cp_rank, cp_size or offset; use one way")
         if positions.dtype not in (torch.int32, torch.int64) or positions.shape != (num_tokens,):
             raise ValueError(
                 f"positions are {positions.dtype} of shape {tuple(positions.shape)}; allowed: int32 or int64 "
                 f"of shape ({num_tokens},)"
             )
         if positions.device != device:
-            raise ValueError(
-                f"positions are on {positions.device} and query on {device}; allowed: one device"
-            )
+            raise ValueError(f"positions are on {positions.device} and query on {device}; use one device")
         if not rows and num_tokens:
             raise ValueError("the basis has no rows")
         if device.type == "cpu" and not torch.compiler.is_compiling():
@@ -207,10 +205,10 @@ def _check_rows(
 
 def _check_inplace(query: Tensor, key: Tensor, sin_coef: Tensor, cos_coef: Tensor) -> None:
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, sin_coef, cos_coef)):
-        raise ValueError("inplace is given where gradients are needed; allowed: under torch.no_grad() only")
+        raise ValueError("inplace is given where gradients are needed; use it under torch.no_grad() only")
     for name, tensor in (("query", query), ("key", key)):
         if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise ValueError(f"inplace is given and {name} is an expanded tensor; allowed: memory of its own")
+            raise ValueError(f"inplace is given and {name} is an expanded tensor; requires memory of its own")
 
 
 # Autograd and operators ---------------------------------------------------------------------------------

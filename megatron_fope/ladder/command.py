@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     if args.run:
         if not rungs[0].source_read:
             raise UserError(
-                f"--run is given, but there is no checkpoint in {schedule.start['checkpoint']!r}; allowed: a "
+                f"--run is given, but there is no checkpoint in {schedule.start['checkpoint']!r}; use a "
                 "folder made by --save"
             )
         return execution.run(rungs, chosen)

@@ -135,8 +135,8 @@ def read_source(schedule: Schedule) -> Source:
         missing = [key for key in _FACTS if key not in given]
         if missing:
             raise UserError(
-                f"{schedule.path}: [start] checkpoint is {where!r}: no {TRACKER} there; allowed: a folder "
-                f"made by --save, or with {', '.join(missing)} beside it to see the commands only"
+                f"{schedule.path}: [start] checkpoint is {where!r}: no {TRACKER} there; use a folder "
+                f"made by --save, or give {', '.join(missing)} beside it to see the commands only"
             )
         return Source(where, argparse.Namespace(**_described(given, schedule.path)), 0, read=False)
     from megatron_fope.conversion.source import open_checkpoint
@@ -219,12 +219,12 @@ def _start_words(schedule: Schedule, number: int, source: Source, args: Any) -> 
     from_rope = source.args.position_embedding_type in ROPE_TYPES
     if number == 1 and from_rope and way is None:
         raise UserError(
-            f"{source.where} is a RoPE model; allowed: with [start] from-rope = one of {', '.join(STARTS)}"
+            f"{source.where} is a RoPE model; requires [start] from-rope = one of {', '.join(STARTS)}"
         )
     if number == 1 and not from_rope and way is not None:
         raise UserError(f"[start] from-rope is {way!r}, but {source.where} is no RoPE model; leave it out")
     if iterations is not None and way != "function-preserving":
-        raise UserError("[start] anneal-iters is given; allowed with: from-rope = 'function-preserving'")
+        raise UserError("[start] anneal-iters is given; requires from-rope = 'function-preserving'")
     words = [START_FROM_ROPE, way] if from_rope else [GROW]
     if from_rope and iterations is not None:
         words += [flag("anneal_iters"), str(iterations)]
@@ -249,8 +249,8 @@ def _check(args: Any, source: Source) -> None:
     before = _train_length(source.args)
     if args.seq_length < before:
         raise UserError(
-            f"--seq-length is {args.seq_length}, but {source.where} was trained with {before}; allowed: a "
-            "longer one"
+            f"--seq-length is {args.seq_length}, but {source.where} was trained with {before}; "
+            f"allowed: at least {before}"
         )
     for name in ("hidden_size", "num_attention_heads", "num_layers"):
         if not getattr(args, name) and getattr(args, "hybrid_layer_pattern", None) is None:

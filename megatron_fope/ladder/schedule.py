@@ -125,7 +125,7 @@ def read_schedule(path: str | Path) -> Schedule:
     try:
         content = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"SCHEDULE is {str(path)!r}: {error}; allowed: a TOML file") from None
+        raise UserError(f"SCHEDULE is {str(path)!r}: {error}; use a TOML file") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: no valid TOML: {error}") from None
     try:
@@ -145,18 +145,16 @@ class _Reader:
         start = {key: _expand(f"[start] {key}", value) for key, value in start.items()}
         launcher = [_expand("launcher", word) for word in content["launcher"]]
         if not launcher or not all(isinstance(word, str) for word in launcher):
-            raise UserError("launcher: allowed: an array of strings, for example ['torchrun', ...]")
+            raise UserError("launcher requires an array of strings, for example ['torchrun', ...]")
         common = _flags("[megatron] ", content.get("megatron", {}))
         tables = content["stage"]
         if not tables or not all(isinstance(table, dict) for table in tables):
-            raise UserError("stage: allowed: one [[stage]] table or more")
+            raise UserError("stage requires one [[stage]] table or more")
         stages = [self._stage(i, t, common, content["gpus"]) for i, t in enumerate(tables, 1)]
         names = [stage.name.lower() for stage in stages]  # some file systems do not tell them apart
         for stage, name in zip(stages, names, strict=True):
             if names.count(name) > 1:
-                raise UserError(
-                    f"name is {stage.name!r} in {names.count(name)} stages; allowed: different ones"
-                )
+                raise UserError(f"name is {stage.name!r} in {names.count(name)} stages; use different ones")
         return Schedule(self.path, launcher, Path(_expand("save", content["save"])), start, stages)
 
     def _stage(self, number: int, table: dict[str, Any], common: dict[str, Any], gpus: int) -> Stage:
@@ -167,7 +165,7 @@ class _Reader:
         merged = {key: value for key, value in (common | given).items() if value is not None}
         for key in REQUIRED:
             if not merged.get(key):
-                raise UserError(f"{where}{key} is missing; allowed: in [[stage]] or in [megatron]")
+                raise UserError(f"{where}{key} is missing; requires a value in [[stage]] or in [megatron]")
         name = own.get("name", f"stage{number}-{merged['seq-length'][0]}")
         if not _NAME.fullmatch(name) or _MEGATRONS.fullmatch(name):
             raise UserError(

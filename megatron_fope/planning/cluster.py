@@ -57,5 +57,5 @@ def memory_of(gpu: str) -> float:
         UserError: unknown name.
     """
     if gpu not in GPUS:
-        raise UserError(f"--gpu is {gpu!r}; allowed: {', '.join(GPUS)}, or --gpu-memory in GiB instead")
+        raise UserError(f"--gpu is {gpu!r}; allowed: {', '.join(GPUS)} (or use --gpu-memory in GiB)")
     return GPUS[gpu]

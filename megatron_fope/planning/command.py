@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if arguments.show < 1:
         raise UserError(f"--show is {arguments.show}; allowed: 1 or more")
     if not words:
-        raise UserError("no Megatron flags are given; allowed: -- and the flags of the run behind it")
+        raise UserError("no Megatron flags are given; requires -- and the flags of the run behind it")
     from megatron_fope.megatron_flags import megatron_parser, parse
 
     parser = megatron_parser("megatron-fope plan")
@@ -84,9 +84,9 @@ def read_cluster(arguments: argparse.Namespace) -> Cluster:
         UserError: naming the flag.
     """
     if arguments.gpus is None:
-        raise UserError("--gpus is missing; allowed: the number of GPUs in all")
+        raise UserError("--gpus is missing; requires the number of GPUs in all")
     if (arguments.gpu is None) == (arguments.gpu_memory is None):
         both = "are both given" if arguments.gpu else "are both missing"
-        raise UserError(f"--gpu and --gpu-memory {both}; allowed: one of them")
+        raise UserError(f"--gpu and --gpu-memory {both}; use one of them")
     memory = arguments.gpu_memory if arguments.gpu is None else memory_of(arguments.gpu)
     return Cluster(arguments.gpus, memory, arguments.gpus_per_node, arguments.margin)

@@ -240,7 +240,7 @@ def check_mla_refuses_what_it_cannot_rotate() -> None:
 
     from megatron_fope.attention import check_host_config
 
-    refused(lambda: check_host_config(mla_config(rope_type="yarn")), "allowed: --rope-type rope")
+    refused(lambda: check_host_config(mla_config(rope_type="yarn")), "use --rope-type rope")
     refused(lambda: check_host_config(mla_config(mla_down_proj_fusion=True)), "--mla-down-proj-fusion")
     dsa = mla_config()
     dsa.experimental_attention_variant = "dsa"

@@ -104,7 +104,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.megatron_lm / selection.UNIT_TESTS).is_dir():
         parser.error(
-            f"--megatron-lm is {str(args.megatron_lm)!r}; allowed: a checkout with {selection.UNIT_TESTS}"
+            f"--megatron-lm is {str(args.megatron_lm)!r}; use a checkout with {selection.UNIT_TESTS}"
         )
     missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
