@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_fope import compat, frequencies
 from megatron_fope.errors import UserError
 from megatron_fope.host_arguments import head_dim_of, is_hybrid
+from megatron_fope.log import quiet_imports
 
 if TYPE_CHECKING:
     from megatron_fope.config import FoPEConfig
@@ -71,7 +72,7 @@ def rope_of(args: Any) -> Rope:
     Raises:
         UserError: its RoPE is no rotation of channel pairs, or this Megatron cannot build it.
     """
-    with mock.patch.object(torch.cuda, "current_device", return_value="cpu"):
+    with mock.patch.object(torch.cuda, "current_device", return_value="cpu"), quiet_imports():
         module = _latent_module(args) if getattr(args, "multi_latent_attention", False) else _module(args)
         embedding = module.get_emb(2)
     embedding, amplitude = embedding if isinstance(embedding, tuple) else (embedding, 1.0)
