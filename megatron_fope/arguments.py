@@ -268,8 +268,11 @@ def check_command_line(argv: list[str]) -> None:
     if FOPE not in argv and f"--position-embedding-type={FOPE}" not in argv:
         return
     given = given_flags(argv)
+    required = set()
+    if any(name.startswith("--heterogeneous-layers-config") for name in given):
+        required.add("--use-rotary-position-embeddings")  # Megatron insists on it there
     for name, advice in _WITHOUT_USE.items():
-        if name in given:
+        if name in given - required:
             raise UserError(f"{name} is given, but {advice}")
     if "--multi-latent-attention" not in given:
         for name in ("--rotary-scaling-factor", "--mscale", "--mscale-all-dim"):

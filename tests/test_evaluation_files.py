@@ -202,6 +202,8 @@ def test_signals_reach_the_ranks(number: int, code: int, tmp_path: Path) -> None
         env={**os.environ, "PYTHONPATH": path, "PIDS": str(tmp_path / "pids")},
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests run in the background, Ctrl-C is ignored, which processes inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     ends = time.monotonic() + 200
     while len(list((tmp_path / "pids").iterdir())) < 2 and time.monotonic() < ends:

@@ -128,6 +128,7 @@ class Batch:
     tokens: Any
     labels: Any
     mask: Any
+    positions: Any
     packed: Any = None
 
 
@@ -157,7 +158,8 @@ def ordinary(length: int, group: Any = None, *, seed: int = 0, batch: int = 1) -
     held = share(length, rank, size)
     pairs = [document(length, seed + i) for i in range(batch)]
     tokens, labels = (torch.stack(part)[:, held] for part in zip(*pairs, strict=True))
-    return Batch(tokens, labels, torch.ones_like(tokens, dtype=torch.float32))
+    positions = torch.tensor(held).expand_as(tokens)
+    return Batch(tokens, labels, torch.ones_like(tokens, dtype=torch.float32), positions)
 
 
 def packed(lengths: tuple[int, ...], group: Any, *, multiple: int) -> Batch:
@@ -190,7 +192,8 @@ def packed(lengths: tuple[int, ...], group: Any, *, multiple: int) -> Batch:
         max_seqlen_kv=max(padded),
         **(both if padded != list(lengths) else {}),
     )
-    return Batch(tokens, labels, mask, params)
+    # Documents start at 0, whatever position_ids say.
+    return Batch(tokens, labels, mask, torch.full_like(tokens, 3), params)
 
 
 # A training step
@@ -210,9 +213,7 @@ def step(model: Any, batches: list[Batch]) -> Step:
     ddp.zero_grad_buffer()
     total, count = torch.zeros(()), torch.zeros((), dtype=torch.int)
     for batch in batches:
-        # Positions come from the layout: what is passed as position_ids must not matter.
-        garbage = torch.full_like(batch.tokens, 3)
-        output = ddp(batch.tokens, garbage, None, labels=batch.labels, packed_seq_params=batch.packed)
+        output = ddp(batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=batch.packed)
         loss = (output * batch.mask).sum()
         loss.backward()
         total += loss.detach()

@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 from mla_checks import mla_model
-from model_checks import fope_config, gpt, run, tokens
+from model_checks import fope_config, gpt, run, since, tokens
 
 
 def _modules() -> dict[str, Callable[[], Any]]:
@@ -104,6 +104,7 @@ def check_tensors_survive_materialisation() -> None:
                 assert torch.equal(module.to_empty(device="cpu").sin_coef, trained), "training is not undone"
 
 
+@since(0, 17)  # 0.16 has no megatron.training
 def check_models_built_without_memory_equal_ordinary_ones() -> None:
     """Megatron's own order under ``--init-model-with-meta-device``, and PyTorch's; then a checkpoint."""
     import torch
