@@ -58,5 +58,5 @@ setup(
         "tqdm",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["megatron-fope=megatron_fope.cli:main"]},
+    entry_points={"console_scripts": ["megatron-fope=megatron_fope.tools.cli:main"]},
 )

@@ -9,8 +9,9 @@ from typing import Any
 import matplotlib
 import torch
 
-from megatron_fope import FoPEConfig, functional
-from megatron_fope.rotation import rotate
+from megatron_fope import FoPEConfig
+from megatron_fope.formula import functional
+from megatron_fope.kernels.torch_rotary import rotate
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "FoPEConfig": "config",
-    "FoPESelfAttention": "attention",
-    "FourierEmbedding": "embedding",
-    "LayerReport": "report",
-    "UserError": "errors",
-    "add_fope_arguments": "arguments",
-    "assert_fope_active": "report",
-    "describe": "report",
-    "fope_config_from_args": "arguments",
-    "is_registered": "registration",
-    "register": "registration",
-    "unregister": "registration",
-    "with_fope": "spec",
+    "FoPEConfig": "formula.config",
+    "FoPESelfAttention": "layers.attention",
+    "FourierEmbedding": "layers.embedding",
+    "LayerReport": "layers.report",
+    "UserError": "common.errors",
+    "add_fope_arguments": "arguments.flags",
+    "assert_fope_active": "layers.report",
+    "describe": "layers.report",
+    "fope_config_from_args": "arguments.flags",
+    "is_registered": "training.registration",
+    "register": "training.registration",
+    "unregister": "training.registration",
+    "with_fope": "layers.spec",
 }
 
 __all__ = [
@@ -44,14 +44,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from megatron_fope.arguments import add_fope_arguments, fope_config_from_args
-    from megatron_fope.attention import FoPESelfAttention
-    from megatron_fope.config import FoPEConfig
-    from megatron_fope.embedding import FourierEmbedding
-    from megatron_fope.errors import UserError
-    from megatron_fope.registration import is_registered, register, unregister
-    from megatron_fope.report import LayerReport, assert_fope_active, describe
-    from megatron_fope.spec import with_fope
+    from megatron_fope.arguments.flags import add_fope_arguments, fope_config_from_args
+    from megatron_fope.common.errors import UserError
+    from megatron_fope.formula.config import FoPEConfig
+    from megatron_fope.layers.attention import FoPESelfAttention
+    from megatron_fope.layers.embedding import FourierEmbedding
+    from megatron_fope.layers.report import LayerReport, assert_fope_active, describe
+    from megatron_fope.layers.spec import with_fope
+    from megatron_fope.training.registration import is_registered, register, unregister
 
 
 def __getattr__(name: str) -> object:

@@ -90,14 +90,14 @@ def import_megatron() -> None:
 
     cpu.add_argument_defaults([])
     cpu.enable()
-    import megatron_fope.pretrain
-    import megatron_fope.registration  # noqa: F401
+    import megatron_fope.training.pretrain
+    import megatron_fope.training.registration  # noqa: F401
 
 
 def _run(nproc: int, argv: list[str], log: str, hook: str, timeout: float) -> int:
     def action() -> int:
         exec(hook, {"__name__": "hook"})
-        from megatron_fope.cli import main
+        from megatron_fope.tools.cli import main
 
         return main(argv)
 

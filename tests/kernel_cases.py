@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fope import functional
-from megatron_fope.config import FoPEConfig
-from megatron_fope.positions import sequence_positions
+from megatron_fope.formula import functional
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.layers.positions import sequence_positions
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

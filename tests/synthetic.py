@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_fope import cli
-from megatron_fope.arguments import FIELDS, resolve_fope_arguments
-from megatron_fope.config import FoPEConfig
+from megatron_fope.arguments.flags import FIELDS, resolve_fope_arguments
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.tools import cli
 
 COMMON = "common_state/shard_0_1"
 LATEST = "latest_checkpointed_iteration.txt"

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_fope import anneal, frequencies, functional, rotation
-from megatron_fope.config import FoPEConfig
+from megatron_fope.formula import functional, geometry
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.kernels import torch_rotary
+from megatron_fope.layers import anneal
 
 HEAD_DIM, HEADS = 32, 2
 VARIANTS = {
@@ -45,7 +47,7 @@ def test_tables_lie_between(variant: str, completed: int) -> None:
     assert between.active == (completed < 10)
 
     # RoPE with the same scaling, which is what such a start must begin with.
-    angles = positions[:, None, None] * frequencies.rotary(config, HEAD_DIM)
+    angles = positions[:, None, None] * geometry.rotary(config, HEAD_DIM)
     fope = config.tables(positions, coefficients, config.inv_freq(HEAD_DIM), HEAD_DIM)
     weight, factor = completed / 10, config.attention_scaling
     query, key = torch.randn(50, 1, 4, HEAD_DIM), torch.randn(50, 1, HEADS, HEAD_DIM)
@@ -55,7 +57,7 @@ def test_tables_lie_between(variant: str, completed: int) -> None:
     )
     expected = [functional.apply_fourier_rotary(x, sin, cos) for x in (query, key)]
     mixed = between.coefficients(coefficients)
-    turned = rotation.rotate(query, key, *between.basis(positions), mixed, between.settings)
+    turned = torch_rotary.rotate(query, key, *between.basis(positions), mixed, between.settings)
     for x, reference in zip(turned, expected, strict=True):
         torch.testing.assert_close(x, reference, rtol=0, atol=1e-5)
 

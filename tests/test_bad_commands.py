@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from synthetic import SyntheticCheckpoint
 
-from megatron_fope import megatron_flags
-from megatron_fope.cli import main
-from megatron_fope.ladder import plan as ladder_plan
+from megatron_fope.arguments.flags import parser
+from megatron_fope.tools.cli import main
+from megatron_fope.tools.ladder import plan as ladder_plan
 
 
 def refusal(*argv: str) -> str:
@@ -38,8 +38,8 @@ def refusal(*argv: str) -> str:
 def one_parser() -> Iterator[None]:
     """Megatron's parser reads Megatron's source, which takes a second: once is enough."""
     with pytest.MonkeyPatch.context() as patch:
-        cached = functools.cache(megatron_flags.megatron_parser)
-        for module in (megatron_flags, ladder_plan):
+        cached = functools.cache(parser.megatron_parser)
+        for module in (parser, ladder_plan):
             patch.setattr(module, "megatron_parser", cached)
         yield
 

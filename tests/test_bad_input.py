@@ -16,9 +16,10 @@ import pytest
 import test_bad_commands
 from bad_numbers import MEGATRON, NUMBERS
 
-from megatron_fope import cli, compat
-from megatron_fope.errors import UserError
-from megatron_fope.evaluation import command as evaluation
+from megatron_fope import compat
+from megatron_fope.common.errors import UserError
+from megatron_fope.tools import cli
+from megatron_fope.tools.evaluation import command as evaluation
 
 SCRIPT = Path(__file__).parent / "scripts" / "bad_input_cases.py"
 PREFIX = "megatron-fope: error: "
@@ -412,7 +413,7 @@ def test_no_cuda_and_no_cpu_flag() -> None:
 )
 def test_context_parallelism_without_an_attention_for_it(flags: dict[str, Any], named: str) -> None:
     """On the GPU path; the CPU runtime's attention can."""
-    from megatron_fope.arguments import check_before_megatron
+    from megatron_fope.arguments.flags import check_before_megatron
 
     args = SimpleNamespace(position_embedding_type="fope", context_parallel_size=2, **flags)
     with pytest.raises(UserError) as error:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 pytest.importorskip("megatron.core")
 
-from megatron_fope import embedding, functional
-from megatron_fope.config import FoPEConfig
-from megatron_fope.embedding import FourierEmbedding
+from megatron_fope.formula import functional
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.layers import embedding
+from megatron_fope.layers.embedding import FourierEmbedding
 
 TOKENS, LAYERS = 6, 6
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fope import cli, rotation
-from megatron_fope.bench import cases, end_to_end, providers, results, rotary, timing
-from megatron_fope.bench.cases import Case
-from megatron_fope.bench.check import Expected, check
-from megatron_fope.bench.providers import PROVIDERS, Provider
+from megatron_fope.kernels import torch_rotary
+from megatron_fope.tools import cli
+from megatron_fope.tools.bench import cases, end_to_end, providers, results, rotary, timing
+from megatron_fope.tools.bench.cases import Case
+from megatron_fope.tools.bench.check import Expected, check
+from megatron_fope.tools.bench.providers import PROVIDERS, Provider
 
 CPU = torch.device("cpu")
 TINY = Case(48, heads=4, kv_heads=2, head_dim=16, dtype="bf16")
@@ -41,7 +42,7 @@ def rotate(inputs, **changed):
         "coefficients": inputs.coefficients,
         "config": inputs.fope,
     }
-    return rotation.rotate(**arguments | changed)
+    return torch_rotary.rotate(**arguments | changed)
 
 
 def tf32(x: torch.Tensor) -> torch.Tensor:
@@ -147,7 +148,7 @@ def test_every_provider_is_correct(dtype: str, settings: dict) -> None:
 def test_comparison_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large tensors are compared part by part; an error in the last part counts."""
     inputs = cases.make_inputs(TINY, CPU)
-    monkeypatch.setattr("megatron_fope.bench.check._CHUNK", 7 * 4 * 16)
+    monkeypatch.setattr("megatron_fope.tools.bench.check._CHUNK", 7 * 4 * 16)
     expected = Expected(inputs, "fope")
     call = PROVIDERS["fope-torch"].call(inputs)
     outputs = call.forward()

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fope import cli
-from megatron_fope.bench import command, end_to_end, memory, plot, results, rotary, table
-from megatron_fope.bench.allocation import allocation, saved_for_backward
-from megatron_fope.errors import UserError
+from megatron_fope.common.errors import UserError
+from megatron_fope.tools import cli
+from megatron_fope.tools.bench import command, end_to_end, memory, plot, results, rotary, table
+from megatron_fope.tools.bench.allocation import allocation, saved_for_backward
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,10 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_fope import compat, embedding, positions
-from megatron_fope.config import FoPEConfig
-from megatron_fope.embedding import FourierEmbedding
+from megatron_fope import compat
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.layers import embedding, positions
+from megatron_fope.layers.embedding import FourierEmbedding
 
 TOKENS, KV_HEADS, HEAD_DIM = 24, 2, 16
 

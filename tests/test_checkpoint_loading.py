@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from megatron_fope.checkpoint_loading import load_base_checkpoint
+from megatron_fope.checkpoint.loading import load_base_checkpoint
 
 
 def test_arguments_that_say_nothing_of_positions() -> None:

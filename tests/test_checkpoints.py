@@ -9,7 +9,7 @@ import torch
 from launch import ROOT
 from trainer import DROPOUT, FOPE, TP2, Run, Trainer
 
-from megatron_fope.config import FoPEConfig
+from megatron_fope.formula.config import FoPEConfig
 
 pytestmark = pytest.mark.launch
 
@@ -82,7 +82,7 @@ def test_the_random_state_matters(trainer: Trainer, whole: Run) -> None:
     assert resumed.curve()[3] != whole.curve()[3]
 
 
-WITHOUT = "import megatron_fope.registration as registration; registration.register = lambda: None"
+WITHOUT = "import megatron_fope.training.registration as registration; registration.register = lambda: None"
 """A hook that leaves Megatron as it is, on the CPU."""
 
 

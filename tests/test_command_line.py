@@ -13,9 +13,16 @@ from pathlib import Path
 import pytest
 from example_scripts import load
 
-from megatron_fope import cli
-from megatron_fope.command_line import OneLineParser, command, number, one_line_errors, separated, whole
-from megatron_fope.errors import UserError
+from megatron_fope.common.command_line import (
+    OneLineParser,
+    command,
+    number,
+    one_line_errors,
+    separated,
+    whole,
+)
+from megatron_fope.common.errors import UserError
+from megatron_fope.tools import cli
 
 
 def parser(kind: type[argparse.ArgumentParser] = OneLineParser) -> argparse.ArgumentParser:
@@ -129,7 +136,7 @@ def test_sigterm_cleans_up(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def run(code: str, *, unbuffered: bool, stdout: int) -> subprocess.CompletedProcess[str]:
-    text = f"from megatron_fope.command_line import command\nwith command('tool'):\n    {code}"
+    text = f"from megatron_fope.common.command_line import command\nwith command('tool'):\n    {code}"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
         [sys.executable, *(["-u"] if unbuffered else []), "-c", text],

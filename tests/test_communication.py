@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_fope.bench import communication
+from megatron_fope.tools.bench import communication
 
 LAYOUTS = ("TP2 SP CP2 distributed optimizer", "PP2 DP2 distributed optimizer")
 

@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
-from megatron_fope.config import PROFILES, FoPEConfig
-from megatron_fope.errors import UserError
+from megatron_fope.common.errors import UserError
+from megatron_fope.formula.config import PROFILES, FoPEConfig
 
 
 @pytest.mark.parametrize(

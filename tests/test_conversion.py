@@ -19,10 +19,10 @@ import torch
 from launch import ROOT
 from synthetic import LATEST, SyntheticCheckpoint, main
 
-from megatron_fope.config import FoPEConfig
-from megatron_fope.conversion import convert, diff, inert, inspect
-from megatron_fope.conversion.source import open_checkpoint
-from megatron_fope.errors import UserError
+from megatron_fope.common.errors import UserError
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.tools.conversion import convert, diff, inert, inspect
+from megatron_fope.tools.conversion.source import open_checkpoint
 
 FOPE = FoPEConfig.from_profile(train_length=64)
 COEFFICIENT = "decoder.layers.self_attention.fope.sin_coef"
@@ -161,7 +161,7 @@ def test_no_space_for_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_clones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the file system clones, no byte is copied and no space is asked for."""
-    from megatron_fope.conversion import writing
+    from megatron_fope.tools.conversion import writing
 
     rope = SyntheticCheckpoint(tmp_path / "rope")
     cloned = []
@@ -194,7 +194,7 @@ def test_terabytes(link: str, tmp_path: Path) -> None:
     # For a new process the kernel first counts what the one that starts it has taken; this counts anew.
     # Megatron, whose rotary module is asked, takes seconds of its own to be imported.
     code = (
-        "import re, sys, time; import megatron.core.models.gpt; from megatron_fope.cli import main; "
+        "import re, sys, time; import megatron.core.models.gpt; from megatron_fope.tools.cli import main; "
         "start = time.process_time(); main(sys.argv[1:]); print('seconds:', time.process_time() - start); "
         "print(re.search(r'VmHWM.*', open('/proc/self/status').read())[0])"
     )

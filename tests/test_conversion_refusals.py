@@ -16,9 +16,9 @@ import torch
 from launch import ROOT
 from synthetic import LATEST, SyntheticCheckpoint, main
 
-from megatron_fope.config import FoPEConfig
-from megatron_fope.conversion import convert
-from megatron_fope.errors import UserError
+from megatron_fope.common.errors import UserError
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.tools.conversion import convert
 
 FOPE = FoPEConfig.from_profile(train_length=64)
 
@@ -214,7 +214,7 @@ def test_file_size_limit(tmp_path: Path) -> None:
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); "
-        "from megatron_fope.cli import main; main(sys.argv[1:])"
+        "from megatron_fope.tools.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, "convert", str(source.folder), str(tmp_path / "new")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -226,11 +226,11 @@ def test_killed_in_the_middle(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     source = SyntheticCheckpoint(tmp_path / "rope")
     before = source.contents()
     code = (
-        "import os, signal, sys; from megatron_fope.conversion import writing; "
+        "import os, signal, sys; from megatron_fope.tools.conversion import writing; "
         "write = writing._write; "
         "writing._write = lambda file, data: (file.name == 'metadata.json' "
         "and os.kill(os.getpid(), signal.SIGKILL), write(file, data))[1]; "
-        "from megatron_fope.cli import main; main(sys.argv[1:])"
+        "from megatron_fope.tools.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, "convert", str(source.folder), str(tmp_path / "new")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -245,7 +245,7 @@ def test_killed_in_the_middle(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_changed_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_fope.conversion import writing
+    from megatron_fope.tools.conversion import writing
 
     source = SyntheticCheckpoint(tmp_path / "rope")
     link = writing._bring

@@ -9,10 +9,10 @@ import pytest
 import torch
 from trainer import FOPE, TP2, Run, Trainer
 
-from megatron_fope.config import FoPEConfig
-from megatron_fope.conversion import Conversion, convert, diff
-from megatron_fope.conversion.source import Checkpoint, open_checkpoint
-from megatron_fope.growth import grow_coefficients
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.growth import grow_coefficients
+from megatron_fope.tools.conversion import Conversion, convert, diff
+from megatron_fope.tools.conversion.source import Checkpoint, open_checkpoint
 
 pytestmark = pytest.mark.launch
 

@@ -16,8 +16,8 @@ from forks import Launcher
 from launch import ROOT, TINY_MODEL, losses
 
 from megatron_fope import cpu
+from megatron_fope.common.errors import UserError
 from megatron_fope.cpu import attention
-from megatron_fope.errors import UserError
 
 # --- Flags --------------------------------------------------------------------------------------------
 

@@ -19,8 +19,8 @@ from packaging.requirements import Requirement
 from test_guide import PAGES
 
 from megatron_fope import __all__, __version__
-from megatron_fope.arguments import add_fope_arguments
-from megatron_fope.config import PROFILES, FoPEConfig
+from megatron_fope.arguments.flags import add_fope_arguments
+from megatron_fope.formula.config import PROFILES, FoPEConfig
 
 README = (ROOT / "README.md").read_text()
 QUICK_START = (ROOT / "docs" / "quick-start.md").read_text()

@@ -12,11 +12,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from megatron_fope import __version__, compat, environment
+from megatron_fope import __version__, compat
+from megatron_fope.tools import environment
 
 
 def env(*flags: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from megatron_fope.cli import main; sys.exit(main(['env', *sys.argv[1:]]))"
+    code = "import sys; from megatron_fope.tools.cli import main; sys.exit(main(['env', *sys.argv[1:]]))"
     if path is not None:
         code = f"import sys; sys.path.insert(0, {str(path)!r}); {code}"
     return subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, timeout=300)
@@ -90,7 +91,7 @@ ERRORS = {
 
 BROKEN = """
 import importlib, json, pathlib, sys
-from megatron_fope import environment
+from megatron_fope.tools import environment
 
 root, errors = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
 found = {}

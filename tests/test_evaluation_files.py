@@ -18,10 +18,10 @@ import pytest
 from launch import ROOT
 from synthetic import SyntheticCheckpoint, main
 
-from megatron_fope.data import prepare_data
-from megatron_fope.errors import UserError
-from megatron_fope.evaluation import launching
-from megatron_fope.evaluation.progress import tokens_done
+from megatron_fope.common.errors import UserError
+from megatron_fope.tools.data import prepare_data
+from megatron_fope.tools.evaluation import launching
+from megatron_fope.tools.evaluation.progress import tokens_done
 
 RUN = {
     "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "transformer_impl": "local",
@@ -183,8 +183,8 @@ time.sleep(300)
 STARTER = """
 import sys
 from types import SimpleNamespace
-from megatron_fope.command_line import command
-from megatron_fope.evaluation import launching
+from megatron_fope.common.command_line import command
+from megatron_fope.tools.evaluation import launching
 launching._WORKER = "sleeper"
 with command():
     launching._launch({"checkpoint": "x"}, 2, SimpleNamespace(n=0, total=100, update=lambda n: None))
@@ -218,7 +218,7 @@ def test_signals_reach_the_ranks(number: int, code: int, tmp_path: Path) -> None
 def test_progress(tmp_path: Path) -> None:
     import torch
 
-    from megatron_fope.evaluation import progress
+    from megatron_fope.tools.evaluation import progress
 
     file = tmp_path / "progress"
     assert tokens_done(file) == 0

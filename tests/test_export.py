@@ -48,9 +48,9 @@ sys.argv = ["megatron-fope", "--load", {folder!r}, "--no-load-optim", "--no-load
 sys.argv += ["--micro-batch-size", "1", "--tensor-model-parallel-size", "1", "--transformer-impl", "local"]
 sys.argv += ["--make-vocab-size-divisible-by", "512"]
 import torch
-from megatron_fope.launch import prepare
+from megatron_fope.training.launch import prepare
 prepare(cpu=True)
-from megatron_fope.evaluation.model import load_model
+from megatron_fope.tools.evaluation.model import load_model
 (model,) = load_model({folder!r})
 tokens = torch.load({tokens!r})
 positions = torch.arange(tokens.size(1)).expand_as(tokens).contiguous()

@@ -11,8 +11,8 @@ import pytest
 from example_scripts import load
 from launch import ROOT
 
-from megatron_fope.arguments import check_before_megatron, fope_config_from_args
-from megatron_fope.megatron_flags import megatron_parser, parse
+from megatron_fope.arguments.flags import check_before_megatron, fope_config_from_args
+from megatron_fope.arguments.parser import megatron_parser, parse
 
 FOLDER = ROOT / "examples" / "extend"
 STUDIES = ("starts", "growth")

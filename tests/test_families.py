@@ -24,7 +24,7 @@ class Family:
 
     flags: str
     layers: str
-    """As in the log at start, see ``megatron_fope.report.layer_list``."""
+    """As in the log at start, see ``megatron_fope.layers.report.layer_list``."""
     more_losses: tuple[str, ...] = ()
     """What is logged besides ``lm loss``."""
     second_rank: str = ""

@@ -18,10 +18,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 pytest.importorskip("megatron.core")
 
-from megatron_fope import anneal, embedding, sharing
-from megatron_fope.config import FoPEConfig
-from megatron_fope.embedding import FourierEmbedding
-from megatron_fope.kernels import launch, tables
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.kernels import launch, sharing, tables
+from megatron_fope.layers import anneal, embedding
+from megatron_fope.layers.embedding import FourierEmbedding
 
 TOKENS, KV_HEADS, HEAD_DIM = 12, 2, 16
 PACKED = SimpleNamespace(

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from megatron_fope import functional, growth
-from megatron_fope.config import FoPEConfig
+from megatron_fope.formula import functional, growth
+from megatron_fope.formula.config import FoPEConfig
 
 
 def rope_rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:

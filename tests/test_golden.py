@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fope import functional, growth
-from megatron_fope.config import FoPEConfig
+from megatron_fope.formula import functional, growth
+from megatron_fope.formula.config import FoPEConfig
 
 GOLDEN = Path(os.environ.get("MEGATRON_FOPE_GOLDEN", Path(__file__).parent / "golden"))
 

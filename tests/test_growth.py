@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from trainer import FOPE, TP2, Run, Trainer
 
-from megatron_fope.config import FoPEConfig
-from megatron_fope.errors import UserError
-from megatron_fope.growth import grow_coefficients
+from megatron_fope.common.errors import UserError
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.growth import grow_coefficients
 
 HEADS = 4
 

@@ -11,8 +11,8 @@ import torch
 from trainer import FOPE, SHARP, Run, Trainer
 
 from megatron_fope import FoPEConfig
-from megatron_fope.errors import UserError
-from megatron_fope.rope import check_same_rope, rope_of
+from megatron_fope.arguments.rope import check_same_rope, rope_of
+from megatron_fope.common.errors import UserError
 
 LONG = ("--fope-train-length", "1000000")
 """Clips nothing: there the start clip-only is RoPE."""

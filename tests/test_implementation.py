@@ -11,29 +11,30 @@ import torch
 
 pytest.importorskip("megatron.core")
 
-from megatron_fope import implementation, kernels, rotation
-from megatron_fope.config import FoPEConfig
-from megatron_fope.embedding import FourierEmbedding
-from megatron_fope.errors import UserError
-from megatron_fope.implementation import Case
+from megatron_fope import kernels
+from megatron_fope.common.errors import UserError
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.kernels import backend, torch_rotary
+from megatron_fope.kernels.backend import Case
+from megatron_fope.layers.embedding import FourierEmbedding
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(implementation, "_compared", {})
+    monkeypatch.setattr(backend, "_compared", {})
 
 
 def test_a_cpu_rotates_with_pytorch() -> None:
-    chosen = implementation.choose("auto", CPU)
-    assert (chosen.name, chosen.rotate) == ("torch", rotation.rotate)
+    chosen = backend.choose("auto", CPU)
+    assert (chosen.name, chosen.rotate) == ("torch", torch_rotary.rotate)
     assert str(chosen) == "PyTorch, float32 arithmetic (on the CPU)"
 
 
 def test_asking_for_triton_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for check in (implementation.choose, implementation.check_available):
+    for check in (backend.choose, backend.check_available):
         with pytest.raises(
             UserError, match=r"--fope-implementation is 'triton', but .*; allowed: auto, torch"
         ):
@@ -51,23 +52,23 @@ def test_the_name_does_not_change_a_model() -> None:
 
 
 def right(*args, variant=None):
-    return rotation.rotate(*args)
+    return torch_rotary.rotate(*args)
 
 
 def slightly_wrong(*args, variant=None):
-    query, key = rotation.rotate(*args)
+    query, key = torch_rotary.rotate(*args)
     return query, key + 0.02 * key.detach()
 
 
 def wrong_backward(query, key, *args, variant=None):
-    return rotation.rotate(query, key.detach() + 0 * key, *args)
+    return torch_rotary.rotate(query, key.detach() + 0 * key, *args)
 
 
 def wrong_coefficient_gradients(query, key, sin, cos, coefficients, config, variant=None):
     coefficients = {
         name: value.detach() + 1.02 * (value - value.detach()) for name, value in coefficients.items()
     }
-    return rotation.rotate(query, key, sin, cos, coefficients, config)
+    return torch_rotary.rotate(query, key, sin, cos, coefficients, config)
 
 
 def failing(*args, variant=None):
@@ -101,19 +102,19 @@ def test_comparison(name: str) -> None:
     wrong = [slightly_wrong, wrong_backward]
     if CASES[name].config.learnable:
         wrong.append(wrong_coefficient_gradients)
-    assert implementation._self_check(right, CPU, CASES[name], "fused") is None
+    assert backend._self_check(right, CPU, CASES[name], "fused") is None
     for rotate in wrong:
-        found = implementation._self_check(rotate, CPU, CASES[name], "fused")
+        found = backend._self_check(rotate, CPU, CASES[name], "fused")
         assert found.startswith("their results differ from PyTorch's by"), rotate
-    found = implementation._self_check(failing, CPU, CASES[name], "fused")
+    found = backend._self_check(failing, CPU, CASES[name], "fused")
     assert found == "a first try failed with RuntimeError: no such instruction"
 
 
 def test_not_a_number_is_a_difference() -> None:
     def nan(*args, variant=None):
-        return tuple(x * float("nan") for x in rotation.rotate(*args))
+        return tuple(x * float("nan") for x in torch_rotary.rotate(*args))
 
-    assert "differ from PyTorch's by inf" in implementation._self_check(nan, CPU, case(), "fused")
+    assert "differ from PyTorch's by inf" in backend._self_check(nan, CPU, case(), "fused")
 
 
 AMBIENTS = {
@@ -144,14 +145,14 @@ def test_the_comparison_does_not_depend_on_where_it_runs(ambient: str) -> None:
     seen = []
 
     def record(*args, variant=None):
-        seen.append([x.detach().clone() for x in rotation.rotate(*args)])
-        return rotation.rotate(*args)
+        seen.append([x.detach().clone() for x in torch_rotary.rotate(*args)])
+        return torch_rotary.rotate(*args)
 
     for context in (contextlib.nullcontext, AMBIENTS[ambient]):
         for name in ("float32", "bfloat16", "learnable"):
             with context():
-                assert implementation._self_check(record, CPU, CASES[name], "fused") is None
-                assert implementation._self_check(slightly_wrong, CPU, CASES[name], "fused")
+                assert backend._self_check(record, CPU, CASES[name], "fused") is None
+                assert backend._self_check(slightly_wrong, CPU, CASES[name], "fused")
     for a, b in zip(seen[:3], seen[3:], strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y)
@@ -160,25 +161,25 @@ def test_the_comparison_does_not_depend_on_where_it_runs(ambient: str) -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch):
     """A GPU, with the comparison moved to the CPU: sets what stands for the kernels, returns the compared."""
-    check, compared = implementation._self_check, []
+    check, compared = backend._self_check, []
 
     def moved(rotate, device, case, variant):
         compared.append((case, variant))
         return check(rotate, CPU, case, variant)
 
     monkeypatch.setattr(kernels, "available", lambda device: None)
-    monkeypatch.setattr(implementation, "_self_check", moved)
-    return lambda rotate: monkeypatch.setattr(implementation, "_triton", lambda: rotate) or compared
+    monkeypatch.setattr(backend, "_self_check", moved)
+    return lambda rotate: monkeypatch.setattr(backend, "_triton", lambda: rotate) or compared
 
 
 @pytest.mark.parametrize("rotate", [right, slightly_wrong])
 def test_a_gpu_takes_triton_only_when_it_agrees(rotate, gpu, caplog: pytest.LogCaptureFixture) -> None:
     compared = gpu(rotate)
     with caplog.at_level(logging.WARNING):
-        chosen = implementation.choose("auto", GPU)
-        assert implementation.choose("auto", GPU) is chosen and len(compared) == 1
+        chosen = backend.choose("auto", GPU)
+        assert backend.choose("auto", GPU) is chosen and len(compared) == 1
     assert chosen.name == ("triton" if rotate is right else "torch")
-    assert chosen.rotate is (right if rotate is right else rotation.rotate)
+    assert chosen.rotate is (right if rotate is right else torch_rotary.rotate)
     assert ("instead of its Triton kernels: their results differ" in caplog.text) is (rotate is not right)
 
 
@@ -218,6 +219,6 @@ def test_nothing_is_compared_inside_a_cuda_graph(gpu, monkeypatch: pytest.Monkey
     compared = gpu(right)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert "captured before the first step" in str(implementation.choose("auto", GPU))
+    assert "captured before the first step" in str(backend.choose("auto", GPU))
     monkeypatch.undo()
-    assert not compared and not implementation._compared
+    assert not compared and not backend._compared

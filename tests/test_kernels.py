@@ -11,8 +11,9 @@ from kernel_fixtures import interpreter, poisoned_outputs  # noqa: F401
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_fope import functional, kernels
-from megatron_fope.positions import packed_positions
+from megatron_fope import kernels
+from megatron_fope.formula import functional
+from megatron_fope.layers.positions import packed_positions
 
 
 def run(inputs: Inputs, **changes: object) -> list[Tensor]:

@@ -16,9 +16,10 @@ from kernel_cases import DEVICE, GPU, Case, Inputs
 from kernel_fixtures import interpreter  # noqa: F401
 from torch import Tensor
 
-from megatron_fope import implementation, kernels
-from megatron_fope.config import FoPEConfig
-from megatron_fope.errors import UserError
+from megatron_fope import kernels
+from megatron_fope.common.errors import UserError
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.kernels import backend as implementation
 from megatron_fope.kernels import launch, ops, tables
 
 SMALL = {"tokens": 6, "batch": 1, "heads": 2, "kv_heads": 1, "head_dim": 24}

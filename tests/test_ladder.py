@@ -15,12 +15,12 @@ from forks import Launcher
 from launch import ROOT, TINY_MODEL
 from synthetic import SyntheticCheckpoint, main
 
-from megatron_fope.config import FoPEConfig
-from megatron_fope.errors import UserError
-from megatron_fope.growth import check_growth
-from megatron_fope.ladder import execution
-from megatron_fope.ladder.plan import plan
-from megatron_fope.ladder.schedule import read_schedule
+from megatron_fope.common.errors import UserError
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.growth import check_growth
+from megatron_fope.tools.ladder import execution
+from megatron_fope.tools.ladder.plan import plan
+from megatron_fope.tools.ladder.schedule import read_schedule
 
 EXAMPLE = ROOT / "examples" / "context_extension" / "ladder_8b.toml"
 
@@ -259,7 +259,7 @@ def test_a_request_to_end_reaches_the_command(tmp_path: Path) -> None:
         f"open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(60)"
     )
     call = f"execution._call({[sys.executable, '-c', child]!r})"
-    parent = f"import sys; from megatron_fope.ladder import execution; sys.exit({call})"
+    parent = f"import sys; from megatron_fope.tools.ladder import execution; sys.exit({call})"
     process = subprocess.Popen([sys.executable, "-c", parent], env={**os.environ, "PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:

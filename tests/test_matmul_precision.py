@@ -16,8 +16,8 @@ from kernel_cases import Case, Inputs
 from kernel_fixtures import interpreter  # noqa: F401
 from torch import Tensor
 
-from megatron_fope import functional, rotation
-from megatron_fope.kernels import ops
+from megatron_fope.formula import functional
+from megatron_fope.kernels import ops, torch_rotary
 
 pytest.importorskip("triton")
 
@@ -95,7 +95,7 @@ def way(rotate: Callable[..., tuple[Tensor, Tensor]], **options: Any) -> Callabl
 
 WAYS = {
     "formula": formula,
-    "torch": way(rotation.rotate),
+    "torch": way(torch_rotary.rotate),
     "triton, tables": way(ops.rotate_triton, variant="tables"),
     "triton, fused": way(ops.rotate_triton, variant="fused"),
 }

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from launch import TINY_MODEL
 
-from megatron_fope.evaluation.model import describes_model
-from megatron_fope.megatron_flags import megatron_parser
+from megatron_fope.arguments.parser import megatron_parser
+from megatron_fope.tools.evaluation.model import describes_model
 
 OF_A_RUN = {"seed", "te_precision_config_file", "init_method_xavier_uniform", "fp8_param_gather"}
 OF_A_RUN |= {"fp4_param_gather", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"}

@@ -15,16 +15,16 @@ import pytest
 from forks import Launcher
 from launch import ROOT, TINY_MODEL
 
-from megatron_fope.cli import main
-from megatron_fope.errors import UserError
-from megatron_fope.host_arguments import check_layout
-from megatron_fope.planning.activations import activations, in_flight
-from megatron_fope.planning.cluster import Cluster
-from megatron_fope.planning.communication import communication, cp_bytes
-from megatron_fope.planning.layout import Layout, legal_layouts
-from megatron_fope.planning.model import read_model, read_training
-from megatron_fope.planning.search import LONGEST_BUBBLE, own_layout, plan
-from megatron_fope.planning.states import parameters, states
+from megatron_fope.arguments.megatron import check_layout
+from megatron_fope.common.errors import UserError
+from megatron_fope.tools.cli import main
+from megatron_fope.tools.planning.activations import activations, in_flight
+from megatron_fope.tools.planning.cluster import Cluster
+from megatron_fope.tools.planning.communication import communication, cp_bytes
+from megatron_fope.tools.planning.layout import Layout, legal_layouts
+from megatron_fope.tools.planning.model import read_model, read_training
+from megatron_fope.tools.planning.search import LONGEST_BUBBLE, own_layout, plan
+from megatron_fope.tools.planning.states import parameters, states
 
 LLAMA = shlex.split(
     "--swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights --bf16 "
@@ -45,7 +45,7 @@ LLAMA_70B = [
 HELD = """
 import json, os
 from megatron.training import training
-from megatron_fope.bench.allocation import storages
+from megatron_fope.tools.bench.allocation import storages
 
 original = training.train_step
 
@@ -70,8 +70,8 @@ training.train_step = train_step
 
 KEPT = """
 import json, os, torch
-from megatron_fope import pretrain
-from megatron_fope.bench.allocation import storages
+from megatron_fope.training import pretrain
+from megatron_fope.tools.bench.allocation import storages
 
 original = pretrain.forward_step
 
@@ -130,8 +130,8 @@ KEEPING = {
 
 @pytest.fixture(scope="module")
 def parse() -> Any:
-    from megatron_fope.megatron_flags import megatron_parser
-    from megatron_fope.megatron_flags import parse as parse_words
+    from megatron_fope.arguments.parser import megatron_parser
+    from megatron_fope.arguments.parser import parse as parse_words
 
     parser = megatron_parser("test")
     return lambda *words: parse_words(parser, [word for text in words for word in _words(text)])
@@ -382,7 +382,7 @@ def test_bad_clusters_are_refused_before_torch_is_imported() -> None:
     """All in one process: none may import it."""
     code = f"""
 import sys
-from megatron_fope.cli import main
+from megatron_fope.tools.cli import main
 for words in {
         [
             ["plan", *text.split(), *([] if text == CLUSTER else ["--", "--swiglu"])]

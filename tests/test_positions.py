@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_fope import compat, position_ids
-from megatron_fope.errors import UserError
-from megatron_fope.positions import (
+from megatron_fope import compat
+from megatron_fope.common.errors import UserError
+from megatron_fope.layers import position_ids
+from megatron_fope.layers.positions import (
     check_values,
     inference_positions,
     local_positions,

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_fope.cli import main
-from megatron_fope.data import command as cli
-from megatron_fope.data import prepare, prepare_data, read_sidecar
-from megatron_fope.errors import UserError
+from megatron_fope.common.errors import UserError
+from megatron_fope.tools.cli import main
+from megatron_fope.tools.data import command as cli
+from megatron_fope.tools.data import prepare, prepare_data, read_sidecar
 
 EOD = 256
 TEXTS = ["plain", "naïve café — ünïcode 🙂", "line\r\nends\nkept\n", "\ufeffwith a mark"]
@@ -607,7 +607,7 @@ def test_tokenizer_json(tmp_path: Path, out: Path, hugging_face: Path, workers: 
 def test_workers_keep_the_order_and_pass_on_bad_files(
     tmp_path: Path, out: Path, hugging_face: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_fope.data import tokenizers
+    from megatron_fope.tools.data import tokenizers
 
     monkeypatch.setattr(tokenizers, "_CHUNK_BYTES", 64)
     source = write_jsonl(tmp_path / "a.jsonl", [f"document number {number}" for number in range(200)])
@@ -627,7 +627,7 @@ def killed(*_: object) -> None:
 def test_a_killed_worker_is_one_line(
     tmp_path: Path, out: Path, hugging_face: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_fope.data import tokenizers
+    from megatron_fope.tools.data import tokenizers
 
     monkeypatch.setattr(tokenizers, "_encode_chunk", killed)
     source = write_jsonl(tmp_path / "a.jsonl", LONG)

@@ -18,8 +18,8 @@ from example_scripts import EXAMPLES, error, executable, fake_slurm, parse, prin
 from forks import Launcher
 from launch import losses
 
-from megatron_fope.cli import main
-from megatron_fope.ladder import execution
+from megatron_fope.tools.cli import main
+from megatron_fope.tools.ladder import execution
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def test_all_checks_ran(outcomes: dict[str, str | None]) -> None:
     assert len(CHECKS) > 10
 
 
-@pytest.mark.parametrize("module", ["megatron_fope", "megatron_fope.cli", "megatron_fope.cpu"])
+@pytest.mark.parametrize("module", ["megatron_fope", "megatron_fope.tools.cli", "megatron_fope.cpu"])
 def test_import_loads_neither_torch_nor_megatron(module: str) -> None:
     code = (
         f"import sys, {module}; "

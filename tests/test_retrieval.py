@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_fope import cli
-from megatron_fope.data import prepare_data, read_sidecar
-from megatron_fope.data.recall import make_recall_data
-from megatron_fope.errors import UserError
-from megatron_fope.evaluation import launching, retrieval_command
-from megatron_fope.evaluation.launching import Layout
-from megatron_fope.evaluation.perplexity import sum_by_bucket
-from megatron_fope.evaluation.prompts import make_needle, make_passkey, make_recall
-from megatron_fope.evaluation.retrieval import Task, count_hits, prompt_batches
+from megatron_fope.common.errors import UserError
+from megatron_fope.tools import cli
+from megatron_fope.tools.data import prepare_data, read_sidecar
+from megatron_fope.tools.data.recall import make_recall_data
+from megatron_fope.tools.evaluation import launching, retrieval_command
+from megatron_fope.tools.evaluation.launching import Layout
+from megatron_fope.tools.evaluation.perplexity import sum_by_bucket
+from megatron_fope.tools.evaluation.prompts import make_needle, make_passkey, make_recall
+from megatron_fope.tools.evaluation.retrieval import Task, count_hits, prompt_batches
 
 TEXT = np.random.default_rng(0).integers(100, size=5000)
 VOCAB = 200
@@ -364,7 +364,7 @@ def test_bad_evaluation(
     flags: str, line: str, text: str, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line, before any process starts."""
-    from megatron_fope.conversion.source import Checkpoint
+    from megatron_fope.tools.conversion.source import Checkpoint
 
     monkeypatch.setattr(
         launching,

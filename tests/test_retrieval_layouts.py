@@ -11,11 +11,11 @@ import pytest
 from forks import Launcher
 from launch import TINY_MODEL
 
-from megatron_fope.data.recall import RecallData, make_recall_data
-from megatron_fope.evaluation import launching
-from megatron_fope.evaluation.command import evaluate_perplexity, position_table
-from megatron_fope.evaluation.launching import Layout
-from megatron_fope.evaluation.retrieval_command import evaluate_retrieval, table
+from megatron_fope.tools.data.recall import RecallData, make_recall_data
+from megatron_fope.tools.evaluation import launching
+from megatron_fope.tools.evaluation.command import evaluate_perplexity, position_table
+from megatron_fope.tools.evaluation.launching import Layout
+from megatron_fope.tools.evaluation.retrieval_command import evaluate_retrieval, table
 
 pytestmark = pytest.mark.launch
 
@@ -25,7 +25,7 @@ LAYOUTS = {
     "pipeline": Layout(pipeline=2),
     "tensor and context": Layout(tensor=2, context=2),
 }
-WORKER = "import sys; from megatron_fope.evaluation import worker; worker.main({!r}, {!r}); sys.exit(0)"
+WORKER = "import sys; from megatron_fope.tools.evaluation import worker; worker.main({!r}, {!r}); sys.exit(0)"
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_fope import functional, rotation
-from megatron_fope.config import FoPEConfig
+from megatron_fope.formula import functional
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.kernels import torch_rotary
 
 CASES = {
     "paper": {},
@@ -48,7 +49,7 @@ def test_values_and_gradients(name: str, learning: bool) -> None:
     inputs = [query.requires_grad_(), key.requires_grad_()]
     if learning:
         inputs += [c.requires_grad_() for c in coefficients.values()]
-    ours = rotation.rotate(query, key, *basis, coefficients, config)
+    ours = torch_rotary.rotate(query, key, *basis, coefficients, config)
     expected = reference(config, query, key, basis, coefficients)
     upstream = [torch.randn_like(x) for x in expected]
     for a, b in zip(ours, expected, strict=True):
@@ -66,7 +67,7 @@ def test_values_and_gradients(name: str, learning: bool) -> None:
 def test_one_rounding(dtype: torch.dtype) -> None:
     """At most one unit in the last place from the rounded float32 result, and almost never that."""
     config, query, key, basis, coefficients = case("query groups", dtype)
-    ours = rotation.rotate(query, key, *basis, coefficients, config)
+    ours = torch_rotary.rotate(query, key, *basis, coefficients, config)
     exact = reference(config, query.double(), key.double(), basis, coefficients)
     for a, b in zip(ours, exact, strict=True):
         assert a.dtype == dtype
@@ -80,7 +81,7 @@ def test_gradients_by_differences() -> None:
     leaves += [c.requires_grad_() for c in coefficients.values()]
 
     def run(q, k, *values):
-        return rotation.rotate(q, k, *basis, dict(zip(coefficients, values, strict=True)), config)
+        return torch_rotary.rotate(q, k, *basis, dict(zip(coefficients, values, strict=True)), config)
 
     assert torch.autograd.gradcheck(run, leaves)
 
@@ -90,7 +91,7 @@ def test_frozen_coefficients_keep_neither_inputs_nor_tables() -> None:
     config, query, key, basis, coefficients = case("query groups")
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        rotation.rotate(query.requires_grad_(), key, *basis, coefficients, config)
+        torch_rotary.rotate(query.requires_grad_(), key, *basis, coefficients, config)
     assert sum(kept) == sum(t.numel() for t in (*basis, *coefficients.values()))
 
 
@@ -99,29 +100,29 @@ def test_inputs_are_not_modified_and_every_element_is_written() -> None:
     before = query.clone(), key.clone()
     poisoned = torch.full(query.shape, float("nan"))
     del poisoned  # its memory is likely to be handed out next
-    for out in rotation.rotate(query, key, *basis, coefficients, config):
+    for out in torch_rotary.rotate(query, key, *basis, coefficients, config):
         assert out.isfinite().all()
     assert torch.equal(query, before[0]) and torch.equal(key, before[1])
 
 
 def test_block_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     config, query, key, basis, coefficients = case("paper")
-    whole = rotation.rotate(query, key, *basis, coefficients, config)
-    monkeypatch.setattr(rotation, "_CPU_BLOCK", 5 * 3 * 6 * 24)  # 37 tokens: seven blocks and a rest
-    for a, b in zip(whole, rotation.rotate(query, key, *basis, coefficients, config), strict=True):
+    whole = torch_rotary.rotate(query, key, *basis, coefficients, config)
+    monkeypatch.setattr(torch_rotary, "_CPU_BLOCK", 5 * 3 * 6 * 24)  # 37 tokens: seven blocks and a rest
+    for a, b in zip(whole, torch_rotary.rotate(query, key, *basis, coefficients, config), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_an_input_without_gradient() -> None:
     config, query, key, basis, coefficients = case("paper")
-    ours = rotation.rotate(query, key.requires_grad_(), *basis, coefficients, config)
+    ours = torch_rotary.rotate(query, key.requires_grad_(), *basis, coefficients, config)
     (ours[0].sum() + ours[1].sum()).backward()
     assert key.grad is not None and query.grad is None
 
 
 def test_no_tokens() -> None:
     config, query, key, basis, coefficients = case("paper", tokens=0)
-    assert rotation.rotate(query, key, *basis, coefficients, config)[0].shape == (0, 3, 6, 24)
+    assert torch_rotary.rotate(query, key, *basis, coefficients, config)[0].shape == (0, 3, 6, 24)
 
 
 BAD_INPUT = {
@@ -163,4 +164,4 @@ def test_bad_input(name: str) -> None:
     named = {"query": query, "key": key, "basis": basis, "coefficients": coefficients}
     named |= {argument: change(named[argument]) for argument, change in changes.items()}
     with pytest.raises(ValueError, match=message):
-        rotation.rotate(named["query"], named["key"], *named["basis"], named["coefficients"], config)
+        torch_rotary.rotate(named["query"], named["key"], *named["basis"], named["coefficients"], config)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from trainer import Run, Trainer
 
-from megatron_fope.checkpoint import TRACKER
-from megatron_fope.checkpoint_saving import release_shared_files
-from megatron_fope.conversion import convert
-from megatron_fope.errors import UserError
+from megatron_fope.checkpoint.files import TRACKER
+from megatron_fope.checkpoint.saving import release_shared_files
+from megatron_fope.common.errors import UserError
+from megatron_fope.tools.conversion import convert
 
 ROPE = ("--position-embedding-type", "rope")
 

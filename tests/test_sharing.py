@@ -6,8 +6,8 @@ import gc
 
 import torch
 
-from megatron_fope import sharing
-from megatron_fope.sharing import representative
+from megatron_fope.kernels import sharing
+from megatron_fope.kernels.sharing import representative
 
 
 def test_equal_tensors_have_one_representative() -> None:

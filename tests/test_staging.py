@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from synthetic import SyntheticCheckpoint
 
-from megatron_fope.conversion import convert, inspect, writing
-from megatron_fope.errors import UserError
-from megatron_fope.staging import check_output_file, leftovers, staging_folder, write_text
+from megatron_fope.common.errors import UserError
+from megatron_fope.common.staging import check_output_file, leftovers, staging_folder, write_text
+from megatron_fope.tools.conversion import convert, inspect, writing
 
 
 def test_two_runs_for_one_target(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from launch import LATENT
 from trainer import FOPE, SHARP, Run, Trainer
 
-from megatron_fope.evaluation.command import evaluate_perplexity
+from megatron_fope.tools.evaluation.command import evaluate_perplexity
 
 GRADUAL = ("--fope-start-from-rope", "function-preserving", "--fope-anneal-iters", "2")
 GROWN = ("--fope-train-length", "256", "--fope-grow")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from trainer import DROPOUT, FOPE, SHARP, TP2, Run, Trainer
 
-from megatron_fope.arguments import check_before_megatron
-from megatron_fope.errors import UserError
+from megatron_fope.arguments.flags import check_before_megatron
+from megatron_fope.common.errors import UserError
 
 ROPE = ("--position-embedding-type", "rope", *SHARP)
 START = "--fope-start-from-rope"

@@ -14,8 +14,8 @@ from forks import Launcher
 from launch import ROOT, TINY_MODEL, losses, torchrun
 from trainer import FOPE, TP2
 
-from megatron_fope.config import FoPEConfig
-from megatron_fope.data import prepare_data
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.tools.data import prepare_data
 
 pytestmark = pytest.mark.launch
 
@@ -247,7 +247,7 @@ def test_unmodified_megatron_lm_checkout(trainer: Trainer, one_rank: Run) -> Non
 
 def test_perplexity_of_checkpoints(trainer: Trainer, one_rank: Run, two_ranks: Run) -> None:
     """The command, at lengths below and beyond the training's; layouts agree and numbers are sane."""
-    from megatron_fope.evaluation.command import evaluate_perplexity
+    from megatron_fope.tools.evaluation.command import evaluate_perplexity
 
     # One rank's model, saved again by two pipeline stages that changed nothing.
     stages = trainer.run(

@@ -23,11 +23,11 @@ from synthetic import COMMON, LATEST, SyntheticCheckpoint, main
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_fope.config import FoPEConfig
-from megatron_fope.conversion.source import open_checkpoint
-from megatron_fope.data import prepare_data
-from megatron_fope.errors import UserError, exit_on_user_error
-from megatron_fope.evaluation import launching
+from megatron_fope.common.errors import UserError, exit_on_user_error
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.tools.conversion.source import open_checkpoint
+from megatron_fope.tools.data import prepare_data
+from megatron_fope.tools.evaluation import launching
 
 sys.path.insert(0, str(ROOT / "examples" / "pretrain"))
 import export

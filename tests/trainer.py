@@ -10,7 +10,7 @@ import torch
 from forks import Launcher
 from launch import ROOT, TINY_MODEL
 
-from megatron_fope.data import prepare_data
+from megatron_fope.tools.data import prepare_data
 
 FOPE = ("--position-embedding-type", "fope")
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")

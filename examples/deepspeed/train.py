@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from megatron_fope import FoPEConfig, UserError
-from megatron_fope.command_line import OneLineParser, interruptible, number, whole
-from megatron_fope.config import PROFILES
-from megatron_fope.errors import exit_on_user_error
+from megatron_fope.common.command_line import OneLineParser, interruptible, number, whole
+from megatron_fope.common.errors import exit_on_user_error
+from megatron_fope.formula.config import PROFILES
 
 VOCABULARY = 128
 
@@ -173,7 +173,7 @@ def this_rank(sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     """This rank's tokens, their positions and labels, each ``[its sequences, its tokens]``."""
     from megatron.core import parallel_state as groups
 
-    from megatron_fope.positions import sequence_positions
+    from megatron_fope.layers.positions import sequence_positions
 
     sequences = sequences.chunk(groups.get_data_parallel_world_size())[groups.get_data_parallel_rank()]
     size, rank = groups.get_context_parallel_world_size(), groups.get_context_parallel_rank()

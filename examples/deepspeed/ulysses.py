@@ -16,8 +16,8 @@ import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
-from megatron_fope.errors import UserError
-from megatron_fope.positions import sequence_positions
+from megatron_fope.common.errors import UserError
+from megatron_fope.layers.positions import sequence_positions
 
 
 class UlyssesAttention(torch.nn.Module):

@@ -25,10 +25,10 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-from megatron_fope.command_line import variable, whole
-from megatron_fope.data import prepare_data
-from megatron_fope.errors import exit_on_user_error
-from megatron_fope.evaluation.command import evaluate_perplexity, table
+from megatron_fope.common.command_line import variable, whole
+from megatron_fope.common.errors import exit_on_user_error
+from megatron_fope.tools.data import prepare_data
+from megatron_fope.tools.evaluation.command import evaluate_perplexity, table
 
 with exit_on_user_error("demo"):
     ITERS = variable("DEMO_ITERS", "1000", whole(1))

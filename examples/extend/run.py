@@ -38,13 +38,13 @@ from typing import Any
 
 import write_up
 
-from megatron_fope.bench.results import facts
-from megatron_fope.command_line import separated, variable, whole
-from megatron_fope.data import prepare_data
-from megatron_fope.data.recall import make_recall_data
-from megatron_fope.errors import exit_on_user_error
-from megatron_fope.evaluation.command import evaluate_perplexity
-from megatron_fope.evaluation.retrieval_command import evaluate_retrieval
+from megatron_fope.common.command_line import separated, variable, whole
+from megatron_fope.common.errors import exit_on_user_error
+from megatron_fope.tools.bench.results import facts
+from megatron_fope.tools.data import prepare_data
+from megatron_fope.tools.data.recall import make_recall_data
+from megatron_fope.tools.evaluation.command import evaluate_perplexity
+from megatron_fope.tools.evaluation.retrieval_command import evaluate_retrieval
 
 with exit_on_user_error("extend"):
     LENGTH = variable("EXTEND_LENGTH", "128", whole(8))

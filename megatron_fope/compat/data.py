@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from megatron_fope.common.errors import UserError
 from megatron_fope.compat.signatures import known_parameters
-from megatron_fope.errors import UserError
 
 
 def prepare_dataset_helpers() -> None:

@@ -8,7 +8,7 @@ import importlib.util
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from megatron_fope.errors import UserError
+from megatron_fope.common.errors import UserError
 
 SUPPORTED_MEGATRON = SpecifierSet(">=0.17,<0.20", prereleases=True)
 """Megatron-Core releases whose wheel the flag trains with. Keep in step with ``setup.py``."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_fope.common.errors import UserError
 from megatron_fope.cpu.environment import prepare_environment
-from megatron_fope.errors import UserError
 
 REQUIRED_FLAGS: tuple[tuple[str, str | None], ...] = (
     ("--distributed-backend", "gloo"),

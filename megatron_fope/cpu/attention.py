@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_fope.errors import UserError
+from megatron_fope.common.errors import UserError
 
 
 def zigzag_positions(num_tokens: int, cp_size: int, cp_rank: int) -> torch.Tensor:

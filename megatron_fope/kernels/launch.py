@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_fope import functional
+from megatron_fope.formula import functional
 from megatron_fope.kernels.tables import TableCache
 
 PRECISIONS = {"tables": "ieee", "fused": "ieee", "fused_tf32x3": "tf32x3"}

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_fope import kernels
-from megatron_fope.errors import UserError
+from megatron_fope.common.errors import UserError
 from megatron_fope.kernels import launch
+from megatron_fope.kernels.inputs import check_tensors
 from megatron_fope.kernels.launch import Call
-from megatron_fope.rotation_inputs import check_tensors
 
 if TYPE_CHECKING:
-    from megatron_fope.config import FoPEConfig
+    from megatron_fope.formula.config import FoPEConfig
 
 VARIANTS = tuple(launch.PRECISIONS)
 """``tables``: a matrix product makes the series of all rows, the kernel only rotates. ``fused``: the kernel
@@ -49,11 +49,13 @@ def rotate_triton(
     offset: int = 0,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`megatron_fope.rotation.rotate` in one kernel; the basis may hold more rows than these tokens'.
+    """:func:`megatron_fope.kernels.torch_rotary.rotate` in one kernel; the basis may hold more rows than
+    these tokens'.
 
     Three ways to say which row of the basis a token uses. Without further arguments it is row ``t`` for token
     ``t``. With ``cp_rank``, ``cp_size`` and ``offset`` the basis belongs to positions 0, 1, ... of the
-    undivided sequence, and tokens use the rows of :func:`megatron_fope.positions.sequence_positions`. With
+    undivided sequence, and tokens use the rows of
+    :func:`megatron_fope.layers.positions.sequence_positions`. With
     ``positions`` the same for any positions: packed documents, dynamic batching, or an offset inside a CUDA
     graph. A basis that is kept and indexed lets tables be kept as well.
 
@@ -61,7 +63,7 @@ def rotate_triton(
         query: ``[s, b, query heads, head_dim]`` float32, bfloat16 or float16; any strides but the last, which
             is 1.
         key: ``[s, b, KV heads, head_dim]``, same dtype.
-        sin_basis: ``[rows, D_in]`` from :func:`megatron_fope.functional.fourier_basis`.
+        sin_basis: ``[rows, D_in]`` from :func:`megatron_fope.formula.functional.fourier_basis`.
         cos_basis: same shape.
         coefficients: ``{name: [KV heads, D_in, D_out]}`` (one head when heads share); float32.
         config: the settings that the tables depend on.

@@ -90,7 +90,7 @@ def _embedding(fope: Any, heads: int, kv_heads: int, device: Any) -> Any:
     """The module that a model has, as a function of query, key and the packed lengths."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_fope.embedding import FourierEmbedding
+    from megatron_fope.layers.embedding import FourierEmbedding
 
     config = TransformerConfig(
         num_layers=1,
@@ -145,8 +145,8 @@ def _rotate_exactly(query: Any, key: Any, fope: Any, coefficients: Any, lengths:
     """The formula in float64 (angles are float32, as published); every document starts at position 0."""
     import torch
 
-    from megatron_fope import functional
-    from megatron_fope.rotation import rotate
+    from megatron_fope.formula import functional
+    from megatron_fope.kernels.torch_rotary import rotate
 
     positions = torch.cat([torch.arange(length) for length in lengths]).to(query.device)
     inv_freq = fope.inv_freq(HEAD_DIM).to(query.device)

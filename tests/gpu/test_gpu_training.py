@@ -10,7 +10,7 @@ import pytest
 from gpu_kit import needs_capability, needs_flash_attention, needs_gpu, needs_gpus, needs_transformer_engine
 from launch import losses, torchrun
 
-from megatron_fope.megatron_flags import megatron_parser, parse
+from megatron_fope.arguments.parser import megatron_parser, parse
 
 ITERATIONS = 30
 MODEL = shlex.split(

@@ -93,7 +93,7 @@ def save_checkpoint(folder: Path, args: argparse.Namespace, form: str) -> None:
 
 def command(argv: list[str]) -> None:
     """``megatron-fope argv``."""
-    from megatron_fope.cli import main
+    from megatron_fope.tools.cli import main
 
     sys.exit(main(argv))
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megatron_fope import frequencies
+from megatron_fope.formula import geometry
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "deepspeed"))
 import train
@@ -99,7 +99,7 @@ def fresh(args: Namespace) -> dict[str, torch.Tensor]:
 def check(flags: str, folder: str) -> None:
     """One case."""
     args = parsed(flags)
-    frequencies.inv_freq.cache_clear()  # so that this model makes its own
+    geometry.inv_freq.cache_clear()  # so that this model makes its own
     engine = train.initialize(args)
     losses = train.train(Namespace(**vars(args) | {"steps": HALF}), engine)
     engine.save_checkpoint(folder, tag="half", client_state={"step": HALF})
@@ -127,7 +127,7 @@ def check_frequencies(args: Namespace, model: torch.nn.Module) -> None:
     """Also float32, and what they are outside of DeepSpeed."""
     found = [value for name, value in model.named_buffers() if name.endswith("fope.inv_freq")]
     assert len(found) == args.layers
-    frequencies.inv_freq.cache_clear()
+    geometry.inv_freq.cache_clear()
     expected = train.fope_config(args).inv_freq(args.hidden // args.heads)
     for value in found:
         torch.testing.assert_close(value, expected, rtol=0, atol=0)

@@ -212,7 +212,7 @@ def hybrid_model(**overrides: Any) -> Any:
     from megatron.core import parallel_state
 
     from megatron_fope import compat, with_fope
-    from megatron_fope.hybrid_model import local_stack_spec
+    from megatron_fope.training.hybrid_model import local_stack_spec
 
     config = transformer_config(
         num_layers=4,
@@ -240,7 +240,7 @@ def attention_layers(network: Any) -> dict[int, Any]:
 
 def rotated_keys(network: Any, ids: list[int]) -> dict[int, Any]:
     """``[s, KV heads, d]`` by layer: plain keys of one ordinary forward pass, rotated once by the formula."""
-    from megatron_fope.functional import apply_fourier_rotary
+    from megatron_fope.formula.functional import apply_fourier_rotary
 
     plain = {}
 
@@ -298,7 +298,7 @@ def check_flash_decode_takes_positions_from_the_offset_tensor() -> None:
     """Static engine with ``flash_decode``: the layers see Megatron's tensor, and decode rightly with it."""
     from megatron.core.inference.sampling_params import SamplingParams
 
-    from megatron_fope.embedding import FourierEmbedding
+    from megatron_fope.layers.embedding import FourierEmbedding
 
     original, seen = FourierEmbedding.forward, []
 
@@ -330,7 +330,7 @@ def check_offset_tensor_wins_over_the_contexts_number() -> None:
     """A replayed CUDA graph runs with the tensor's new content and the number of its capture."""
     from types import SimpleNamespace
 
-    from megatron_fope.positions import inference_positions
+    from megatron_fope.layers.positions import inference_positions
 
     captured = SimpleNamespace(is_static_batching=lambda: True, sequence_len_offset=3)
     offset = torch.tensor([3, 3], dtype=torch.int32)
@@ -367,7 +367,7 @@ def check_dynamic_positions_are_those_of_megatrons_rope() -> None:
     from megatron.core.inference.contexts import dynamic_context
     from megatron.core.transformer.attention import Attention
 
-    from megatron_fope.positions import inference_positions
+    from megatron_fope.layers.positions import inference_positions
 
     looked_up: list[Any] = []
     rotate = dynamic_context.apply_rotary_pos_emb

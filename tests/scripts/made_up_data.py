@@ -91,7 +91,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
 
 def install() -> None:
     """Let the built-in pre-training read this data."""
-    from megatron_fope import pretrain
+    from megatron_fope.training import pretrain
 
     def check_args(args: Any) -> None:
         # No release has a flag for it; a script whose data changes sets it.

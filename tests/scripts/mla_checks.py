@@ -74,7 +74,7 @@ def check_mla_rotates_the_positional_channels_by_the_formula() -> None:
     """All heads by one set of coefficients; the other channels and the values stay as they are."""
     import torch
 
-    from megatron_fope.functional import apply_fourier_rotary
+    from megatron_fope.formula.functional import apply_fourier_rotary
 
     fope = fope_config(gain=1.0)
     attention = mla_model(fope).decoder.layers[1].self_attention
@@ -195,7 +195,7 @@ def check_mla_latent_cache_gets_rotated_keys() -> None:
     from megatron.core.inference.inference_request import DynamicInferenceRequest
     from megatron.core.inference.sampling_params import SamplingParams
 
-    from megatron_fope.functional import apply_fourier_rotary
+    from megatron_fope.formula.functional import apply_fourier_rotary
 
     model = mla_model(fope_config(gain=1.0), cache_mla_latents=True).eval()
     attention = model.decoder.layers[0].self_attention
@@ -238,7 +238,7 @@ def check_mla_latent_cache_gets_rotated_keys() -> None:
 def check_mla_refuses_what_it_cannot_rotate() -> None:
     from spec_checks import refused
 
-    from megatron_fope.attention import check_host_config
+    from megatron_fope.layers.attention import check_host_config
 
     refused(lambda: check_host_config(mla_config(rope_type="yarn")), "use --rope-type rope")
     refused(lambda: check_host_config(mla_config(mla_down_proj_fusion=True)), "--mla-down-proj-fusion")

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_fope import cpu
-from megatron_fope.launch import _single_process_environment
+from megatron_fope.training.launch import _single_process_environment
 
 
 def start() -> None:
@@ -118,7 +118,7 @@ def check_model_uses_the_formula() -> None:
     """Rotated query and key of a real layer against the pure functions."""
     import torch
 
-    from megatron_fope.functional import apply_fourier_rotary
+    from megatron_fope.formula.functional import apply_fourier_rotary
 
     fope = fope_config(gain=2.0)
     attention = gpt(fope, qk_layernorm=True).decoder.layers[1].self_attention
@@ -175,7 +175,7 @@ def check_tensor_parallel_ranks_use_their_heads() -> None:
     """Every rank of TP 2, 4 and 8 on 4 KV heads: more ranks than heads share one."""
     import torch
 
-    from megatron_fope.embedding import FourierEmbedding
+    from megatron_fope.layers.embedding import FourierEmbedding
 
     config = transformer_config(num_attention_heads=8, num_query_groups=4)
     fope = fope_config()
@@ -251,7 +251,7 @@ def check_packed_layers_share_one_basis() -> None:
     import torch
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from megatron_fope import functional
+    from megatron_fope.formula import functional
 
     model = gpt(fope_config(gain=1.0))
     ids, positions = tokens(length=24, batch=1)

@@ -12,6 +12,6 @@ if __name__ == "__main__":
 
     megatron_fope.register()
 
-    from megatron_fope.pretrain import main
+    from megatron_fope.training.pretrain import main
 
     main()

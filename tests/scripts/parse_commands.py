@@ -15,14 +15,14 @@ import sys
 from bad_input_cases import outcome, scalars
 
 from megatron_fope import cpu
-from megatron_fope.errors import exit_on_user_error
+from megatron_fope.common.errors import exit_on_user_error
 
 
 def validated(ranks: int, flags: list[str]) -> argparse.Namespace:
     """Megatron's arguments as rank 0 of a run has them before it initialises anything."""
     from megatron.training import arguments
 
-    from megatron_fope.pretrain import check_args
+    from megatron_fope.training.pretrain import check_args
 
     os.environ["WORLD_SIZE"] = str(ranks)
     sys.argv = ["train", *cpu.add_argument_defaults(flags)]

@@ -84,7 +84,7 @@ def launched(*flags: str) -> dict[str, Any]:
     """The same run by this package's launcher."""
 
     def action() -> int:
-        from megatron_fope.cli import main
+        from megatron_fope.tools.cli import main
 
         return main(["--cpu", "pretrain", *TINY_MODEL, *flags])
 

@@ -45,7 +45,7 @@ def hybrid(fope: Any, pattern: str = "*-*-", **overrides: Any) -> Any:
     import torch
 
     from megatron_fope import compat, with_fope
-    from megatron_fope.hybrid_model import LOCAL_STACK
+    from megatron_fope.training.hybrid_model import LOCAL_STACK
 
     model_class, (spec, *_) = compat.model_classes()[-1]
     torch.manual_seed(3)
@@ -124,7 +124,7 @@ def check_position_ids_stay_with_their_micro_batch() -> None:
 def check_plain_position_ids_take_the_fast_path() -> None:
     import torch
 
-    from megatron_fope.embedding import FourierEmbedding
+    from megatron_fope.layers.embedding import FourierEmbedding
 
     given: list[Any] = []
     forward = FourierEmbedding.forward
@@ -151,7 +151,7 @@ def check_plain_position_ids_take_the_fast_path() -> None:
 
 
 def check_layers_share_one_basis_of_position_ids() -> None:
-    from megatron_fope import functional
+    from megatron_fope.formula import functional
 
     built: list[int] = []
     original = functional.fourier_basis

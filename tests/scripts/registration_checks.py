@@ -91,7 +91,7 @@ def raises(kind: type[Exception], action: Callable[[], Any]) -> str:
 @check
 def importing_patches_nothing() -> None:
     import megatron_fope
-    from megatron_fope import registration
+    from megatron_fope.training import registration
 
     files = {name: value.__code__.co_filename for name, value in symbols().items()}
     assert len(files) >= 6
@@ -289,7 +289,7 @@ def patch_on_top_survives_unregister_with_a_warning() -> None:
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("megatron_fope.registration")
+    logger = logging.getLogger("megatron_fope.training.registration")
     logger.addHandler(handler)
     try:
         unregister()
@@ -316,7 +316,8 @@ def patch_on_top_survives_unregister_with_a_warning() -> None:
 
 @check
 def every_wrapper_that_is_left_over_only_calls_the_original() -> None:
-    from megatron_fope import register, registration, unregister
+    from megatron_fope import register, unregister
+    from megatron_fope.training import registration
 
     register()
     patches = list(registration._patches)
@@ -475,8 +476,8 @@ def every_setting_has_a_documented_flag() -> None:
     from megatron.training import arguments
 
     from megatron_fope import FoPEConfig, register
-    from megatron_fope.arguments import flag
-    from megatron_fope.config import PROFILES
+    from megatron_fope.arguments.flags import flag
+    from megatron_fope.formula.config import PROFILES
 
     register()
     parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
@@ -510,7 +511,7 @@ def help_lists_the_flags() -> None:
     from megatron.training import arguments
 
     from megatron_fope import register
-    from megatron_fope.config import PROFILES
+    from megatron_fope.formula.config import PROFILES
 
     register()
     sys.argv = ["train", "--help"]
@@ -530,7 +531,7 @@ def help_lists_the_flags() -> None:
 @check
 def every_flag_reaches_its_setting() -> None:
     from megatron_fope import FoPEConfig, register
-    from megatron_fope.arguments import flag
+    from megatron_fope.arguments.flags import flag
 
     register()
     given: dict[str, Any] = {

@@ -152,8 +152,8 @@ def iterate_modules(node: Any) -> Any:
 
 @since(0, 17)
 def check_pattern_of_a_hybrid_model_is_checked() -> None:
-    from megatron_fope import hybrid_model
-    from megatron_fope.attention import check_host_config
+    from megatron_fope.layers.attention import check_host_config
+    from megatron_fope.training import hybrid_model
 
     def args(pattern: str) -> SimpleNamespace:
         return SimpleNamespace(hybrid_layer_pattern=pattern)
@@ -171,8 +171,8 @@ def check_prediction_layers_of_a_hybrid_model_have_their_own_coefficients() -> N
     import torch
 
     from megatron_fope import assert_fope_active, compat, with_fope
-    from megatron_fope.hybrid_model import LOCAL_STACK
-    from megatron_fope.report import layer_list
+    from megatron_fope.layers.report import layer_list
+    from megatron_fope.training.hybrid_model import LOCAL_STACK
 
     model_class, (spec, *_) = compat.model_classes()[-1]
     model = model_class(
@@ -196,7 +196,7 @@ def check_layers_without_position_embedding_are_listed() -> None:
     from megatron.core.transformer.transformer_block import TransformerBlock
 
     from megatron_fope import with_fope
-    from megatron_fope.report import layer_list
+    from megatron_fope.layers.report import layer_list
 
     spec = with_fope(get_t5_decoder_with_local_block_spec(2), fope_config())
     spec.layer_specs[1] = copy.deepcopy(spec.layer_specs[1])

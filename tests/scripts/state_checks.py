@@ -15,9 +15,9 @@ from model_checks import fope_config, gpt, run, since, tokens
 
 def _modules() -> dict[str, Callable[[], Any]]:
     """Every module of this package that owns tensors, in all its variants."""
-    from megatron_fope.anneal import Interpolation
-    from megatron_fope.embedding import FourierEmbedding
-    from megatron_fope.precision import KeepsPrecision
+    from megatron_fope.layers.anneal import Interpolation
+    from megatron_fope.layers.embedding import FourierEmbedding
+    from megatron_fope.layers.precision import KeepsPrecision
 
     assert set(KeepsPrecision.__subclasses__()) == {FourierEmbedding, Interpolation}
     config = gpt().config

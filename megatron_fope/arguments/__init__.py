@@ -1,0 +1,1 @@
+"""Flags: FoPE's own, what Megatron's say, Megatron's parser."""

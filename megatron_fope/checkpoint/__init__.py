@@ -1,0 +1,1 @@
+"""Checkpoints: reading, comparing settings, refusing damage, starts from other models."""

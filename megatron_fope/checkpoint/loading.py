@@ -1,0 +1,326 @@
+"""Loading a checkpoint into a FoPE model: what is checked around Megatron's own loading.
+
+Megatron reads a checkpoint's arguments first and its tensors later, both through one function, which
+:func:`load_base_checkpoint` wraps. Coefficients come from the file completely or, for a model that was
+trained with RoPE and on request, not at all. On request those of a shorter train length are read as they are
+and grown by the layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from megatron_fope.arguments.flags import FOPE, GROW, START_FROM_ROPE, fope_config_from_args
+from megatron_fope.arguments.megatron import CHECKPOINT_FORMATS, head_dim_of
+from megatron_fope.checkpoint.arguments import (
+    check_against_checkpoint,
+    check_legacy_layout,
+    position_type_if_given,
+)
+from megatron_fope.checkpoint.files import (
+    describe_error,
+    find_damage,
+    find_missing_legacy_file,
+    is_coefficient,
+    is_legacy,
+    load_errors,
+    newer_than,
+    read_legacy_args,
+    tracked_iteration,
+)
+from megatron_fope.checkpoint.start import begin_annealing, outgrown_config, starts_from_rope
+from megatron_fope.common.errors import UserError
+from megatron_fope.common.log import announce, is_rank0
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.layers import anneal
+from megatron_fope.layers.embedding import KEEP, Outgrown
+
+
+def load_base_checkpoint(original: Callable, load_dir: Any, args: Any, options: dict[str, Any]) -> Any:
+    """Megatron's ``_load_base_checkpoint`` with FoPE's checks.
+
+    Args:
+        original: Megatron's function.
+        load_dir: the folder.
+        args: Megatron's arguments.
+        options: the function's further arguments by name. With ``rank0`` only the checkpoint's arguments
+            are wanted; otherwise ``sharded_state_dict`` says which tensors.
+
+    Returns:
+        What Megatron's function returns: state dict, name, whether it is a release, format.
+
+    Raises:
+        UserError: other settings than the checkpoint's, damaged files, or no coefficients in them.
+    """
+    if not hasattr(args, "position_embedding_type"):
+        return original(load_dir, args, **options)  # a program's own arguments: nothing to compare with
+    loading = _Loading(original, load_dir, args)
+    if not loading.ours:
+        result = original(load_dir, args, **options)
+        stored = result[0].get("args") if result[0] else None
+        if stored is not None and loading.validated:
+            check_against_checkpoint(args, stored, load_dir)
+        return result
+    if options.get("rank0", False):
+        return loading.read_arguments(options)
+    return loading.read_tensors(options)
+
+
+class _Loading:
+    """One call of Megatron's function for a run with FoPE."""
+
+    def __init__(self, original: Callable, load_dir: Any, args: Any) -> None:
+        self.original, self.load_dir, self.args = original, load_dir, args
+        self.validated = hasattr(args, "data_parallel_size")  # not yet when --use-checkpoint-args is at work
+        self.asked = args.position_embedding_type if self.validated else position_type_if_given(args)
+        self.ours = self.asked == FOPE or (self.asked is None and not self.validated)
+        self.step = self._find_step() if self.ours else None
+
+    def _find_step(self) -> int | str | None:
+        """The iteration that Megatron will load, or None where its files are not for us to judge."""
+        remote = self.load_dir is None or "://" in str(self.load_dir)
+        local = getattr(self.args, "non_persistent_ckpt_type", None) is not None
+        if remote or local or self.args.ckpt_format not in CHECKPOINT_FORMATS:
+            return None
+        return getattr(self.args, "ckpt_step", None) or tracked_iteration(self.load_dir)
+
+    def read_arguments(self, options: dict[str, Any]) -> Any:
+        def check_files() -> None:
+            # PyTorch logs a traceback of its own about a file that it cannot read.
+            if self.step is not None and is_rank0():
+                _refuse_damage(self.load_dir, self.step)
+
+        self.agree(check_files)
+        return self.agree(lambda: self._read_arguments(options))
+
+    def _read_arguments(self, options: dict[str, Any]) -> Any:
+        result = self._call(options)
+        stored = result[0].get("args") if result[0] else None
+        if stored is not None and self.validated:
+            self._check_settings(result)
+        return result
+
+    def read_tensors(self, options: dict[str, Any]) -> Any:
+        template = options.get("sharded_state_dict")
+        names = _coefficient_names(template)
+        starting = (getattr(self.args, f"fope_{name}", None) for name in ("start_from_rope", "grow"))
+        if names and any(starting):
+            state = self.read_arguments({"rank0": True})[0]
+            stored = (state or {}).get("args")
+            outgrown = outgrown_config(self.args, stored)
+            if starts_from_rope(self.args, stored, self.asked):
+                template = _without(names, template)
+            elif outgrown is not None:
+                template = _with_shape_of(outgrown, names, template, self.args)
+            options = {**options, "sharded_state_dict": template}
+        keys = _keys(template, names)
+
+        def check_files() -> None:
+            # Before any rank starts to read, because afterwards each would fail in its own way. Only rank 0
+            # looks; it reads the table of contents once more than Megatron does.
+            if self.step is not None and is_rank0():
+                _check_files(self.load_dir, self.step, keys, self.args)
+
+        def read() -> Any:
+            result = self._call(options, keys)
+            state, _, release, kind = result[:4]
+            if state and state.get("args") is not None:
+                self._check_settings(result)
+                legacy = getattr(kind, "name", None) == "LEGACY"
+                wanted = _names_beside_attention(state, self.args) if legacy else names
+                from_rope = starts_from_rope(self.args, state["args"], FOPE)
+                begin_annealing(
+                    self.args, state["args"], state.get("iteration", 0), from_rope=from_rope, release=release
+                )
+                _settle_coefficients(state, wanted, self.args, self.load_dir, from_rope=from_rope)
+            return result
+
+        self.agree(check_files)
+        return self.agree(read)
+
+    def _check_settings(self, result: Any) -> None:
+        state, release = result[0], result[2]
+        iteration = state.get("iteration", 0)
+        check_against_checkpoint(
+            self.args, state["args"], self.load_dir, iteration=iteration, release=release
+        )
+
+    def _call(self, options: dict[str, Any], keys: Iterable[str] = ()) -> Any:
+        """Call Megatron; an error that damaged files explain becomes one line."""
+        try:
+            return self.original(self.load_dir, self.args, **options)
+        except load_errors() as error:
+            if self.step is None:
+                raise
+            damage = find_damage(self.load_dir, self.step, expected=keys)
+            if damage is None and isinstance(error, SystemExit) and not error.code:
+                damage = f"Megatron cannot load iteration {self.step} of {self.load_dir} and says why above"
+            if damage is None:
+                raise
+            raise UserError(f"{damage} ({describe_error(error)})") from error
+
+    def agree(self, action: Callable[[], Any]) -> Any:
+        """Do something on every rank; what one rank refuses all refuse, so that none waits for another.
+
+        Megatron itself talks to all ranks while it finds the iteration to load, so all of them are here.
+        """
+        import torch.distributed as distributed
+
+        if self.step is None or not distributed.is_initialized():
+            return action()
+        result, problem = None, None
+        try:
+            result = action()
+        except UserError as error:
+            problem = error
+        found: list[str | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(found, None if problem is None else str(problem))
+        for text in found:
+            if text is not None:
+                raise UserError(text) from problem
+        return result
+
+
+def _check_files(load_dir: Any, step: int | str, keys: list[str], args: Any) -> None:
+    """Say which saves did not finish; refuse damaged files and a layout that the format cannot change."""
+    newer = (
+        newer_than(load_dir, step) if isinstance(step, int) and not getattr(args, "ckpt_step", None) else []
+    )
+    if newer:
+        announce(
+            f"{', '.join(newer)} in {load_dir} never became the latest checkpoint: a save did not finish; "
+            f"loading iteration {step}"
+        )
+    _refuse_damage(load_dir, step, keys)
+    if is_legacy(load_dir, step):
+        stored = read_legacy_args(load_dir, step)
+        if stored is not None:
+            check_legacy_layout(args, stored, load_dir)
+        sizes = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+        missing = find_missing_legacy_file(load_dir, step, *sizes)
+        if missing is not None:
+            raise UserError(missing)
+
+
+def _refuse_damage(load_dir: Any, step: int | str, keys: Iterable[str] = ()) -> None:
+    damage = find_damage(load_dir, step, expected=keys)
+    if damage is not None:
+        raise UserError(damage)
+
+
+def _settle_coefficients(
+    state: Any, names: dict[str, list[str]], args: Any, load_dir: Any, *, from_rope: bool
+) -> None:
+    """Make sure that every coefficient was in the file; mark those that stay and those that grow."""
+    outgrown = None if from_rope else outgrown_config(args, state["args"])
+    for part, wanted in names.items():
+        for name in wanted:
+            if from_rope:
+                state[part][name] = KEEP
+            elif name not in state.get(part, {}):
+                raise UserError(f"the checkpoint in {load_dir} has no {name}; load one that is complete")
+            elif outgrown is not None:
+                state[part][name] = Outgrown(state[part][name], outgrown)
+    announce(*_start_notes(state["args"], args, load_dir, from_rope, outgrown))
+
+
+def _start_notes(
+    stored: Any, args: Any, load_dir: Any, from_rope: bool, outgrown: FoPEConfig | None
+) -> Iterator[str]:
+    """What the flags about a start have done, one line each."""
+    flags = (getattr(args, f"fope_{name}", None) for name in ("start_from_rope", "grow", "anneal_iters"))
+    if not any(flags):
+        return  # also where a program calls Megatron's loading with arguments of its own, without a length
+    config = fope_config_from_args(args)
+    weight = anneal.current_weight(config.anneal_iters)
+    base = getattr(stored, "rotary_base", config.rotary_base)
+    if from_rope:
+        note = "" if base == config.rotary_base else f" with --rotary-base {base}"
+        yield (
+            f"the coefficients are fresh (seed {config.seed}): {load_dir} is a RoPE model{note}; everything "
+            "else is loaded from it"
+        )
+    elif weight == 1 and getattr(args, "fope_start_from_rope", None):
+        yield f"{START_FROM_ROPE} has no effect: {load_dir} holds coefficients, which are loaded"
+    if outgrown is not None:
+        sizes = [
+            f"{getattr(of, 'fope_kept_frequencies', '?')} x {getattr(of, 'fope_series', '?')}"
+            for of in (stored, args)
+        ]
+        yield (
+            f"the coefficients grow ({config.growth}) from train length {outgrown.train_length} to "
+            f"{config.train_length}, {sizes[0]} to {sizes[1]}; everything else is loaded from {load_dir}"
+        )
+        if base != config.rotary_base:
+            yield f"the rotary base changes from {base:g} to {config.rotary_base:g}"
+    elif getattr(args, "fope_grow", None):
+        why = "is a RoPE model" if from_rope else f"has train length {config.train_length} already"
+        yield f"{GROW} has no effect: {load_dir} {why}"
+    if weight < 1:
+        yield (
+            f"FoPE's weight against RoPE is {weight:g}, and 1 in {config.anneal_iters} iterations from "
+            f"iteration {args.fope_anneal_start}"
+        )
+
+
+def _with_shape_of(
+    outgrown: FoPEConfig, names: dict[str, list[str]], template: Any, args: Any
+) -> dict[str, Any]:
+    """A state dict that asks for the coefficients of another train length."""
+    head_dim = head_dim_of(args)
+    matrix = (outgrown.d_in(head_dim), outgrown.d_out(head_dim))
+
+    def resized(tensor: Any) -> Any:
+        local, whole = ((*shape[:-2], *matrix) for shape in (tensor.local_shape, tensor.global_shape))
+        data = tensor.data.new_empty(local)
+        return dataclasses.replace(tensor, data=data, local_shape=local, global_shape=whole)
+
+    parts = {
+        part: {name: resized(t) if name in wanted else t for name, t in template[part].items()}
+        for part, wanted in names.items()
+    }
+    return {**template, **parts}
+
+
+def _parts(state: Any) -> list[str]:
+    """Where a state dict keeps the model: ``model``, or ``model0``, ``model1``, ... for virtual stages."""
+    return [key for key in state or {} if re.fullmatch(r"model\d*", key)]
+
+
+def _coefficient_names(template: Any) -> dict[str, list[str]]:
+    """Names of the coefficients in a state dict, by the part that holds them."""
+    return {part: [name for name in template[part] if is_coefficient(name)] for part in _parts(template)}
+
+
+def _names_beside_attention(state: Any, args: Any) -> dict[str, list[str]]:
+    """Names that coefficients must have where nothing but the file's own names is known."""
+    both = fope_config_from_args(args).separate_basis
+    leaves = ("sin_coef", "cos_coef") if both else ("fourier_coef",)
+    projection = "self_attention.linear_qkv.weight"
+    return {
+        part: [
+            f"{name.removesuffix('linear_qkv.weight')}fope.{leaf}"
+            for name in state[part]
+            if name.endswith(projection)
+            for leaf in leaves
+        ]
+        for part in _parts(state)
+    }
+
+
+def _without(names: dict[str, list[str]], template: Any) -> dict[str, Any]:
+    """A state dict without some tensors of the model."""
+    parts = {
+        part: {name: tensor for name, tensor in template[part].items() if name not in removed}
+        for part, removed in names.items()
+    }
+    return {**template, **parts}
+
+
+def _keys(template: Any, names: dict[str, list[str]]) -> list[str]:
+    """The names that a distributed checkpoint uses for tensors of a state dict that has them."""
+    tensors = [template[part][name] for part in names for name in names[part] if name in template[part]]
+    return sorted({tensor.key for tensor in tensors if hasattr(tensor, "key")})

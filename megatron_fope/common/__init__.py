@@ -1,0 +1,2 @@
+"""What everything else uses: errors in one line, lines in the log, commands, files that are never
+half-written."""

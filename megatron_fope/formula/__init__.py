@@ -1,0 +1,1 @@
+"""FoPE without Megatron: the formula, its settings, the geometry that follows from them."""

@@ -1,0 +1,1 @@
+"""FoPE in Megatron's layers: the hook, coefficients, positions, layer specs."""

@@ -1,0 +1,161 @@
+"""The arguments of a converted checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_fope.arguments.flags import (
+    FIELDS,
+    FOPE,
+    START_FROM_ROPE,
+    check_start_flags,
+    fope_config_from_args,
+    resolve_fope_arguments,
+)
+from megatron_fope.arguments.rope import ROPE_TYPES
+from megatron_fope.checkpoint.start import check_rope_start
+from megatron_fope.common.errors import UserError
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.growth import check_growth
+from megatron_fope.layers import anneal
+from megatron_fope.tools.conversion.source import Checkpoint
+
+ROPE = "rope"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a conversion turns into what."""
+
+    args: argparse.Namespace
+    """The new checkpoint's arguments."""
+    old: FoPEConfig | None
+    """None: the source is a RoPE model."""
+    new: FoPEConfig | None
+    """None: the result is a RoPE model."""
+
+
+def plan(
+    checkpoint: Checkpoint,
+    position_embedding_type: str,
+    given: dict[str, Any],
+    *,
+    rotary_base: float | None = None,
+    seq_length: int | None = None,
+    start: str | None = None,
+) -> Settings:
+    """Settle the new arguments.
+
+    Args:
+        checkpoint: the source.
+        position_embedding_type: of the result, "fope" or "rope".
+        given: FoPE's settings by field; the others are the source's, or the profile's defaults.
+        rotary_base: new base; None: the source's.
+        seq_length: new ``seq_length`` in tokens; None: the source's.
+        start: how a RoPE model becomes FoPE, one of :data:`megatron_fope.arguments.flags.STARTS`.
+
+    Raises:
+        UserError: a setting that is not allowed, or does not fit the source.
+    """
+    kind = checkpoint.position_embedding_type
+    allowed = (*ROPE_TYPES, FOPE)
+    if kind not in allowed:
+        raise UserError(
+            f"SOURCE is {str(checkpoint.folder)!r} with position embedding {kind!r}; allowed: "
+            f"{', '.join(allowed)}"
+        )
+    args = argparse.Namespace(**copy.deepcopy(vars(checkpoint.args)))
+    if rotary_base is not None:
+        _require_positive("--rotary-base", rotary_base)
+        args.rotary_base = type(args.rotary_base)(rotary_base)
+    if seq_length is not None:
+        _require_positive("--seq-length", seq_length)
+        args.seq_length = seq_length
+        args.max_position_embeddings = max(args.max_position_embeddings or 0, seq_length)
+    old = fope_config_from_args(checkpoint.args) if kind == FOPE else None
+    _refuse_optimizer_of_learnable(checkpoint, old)
+    if start is not None and (old is not None or position_embedding_type == ROPE):
+        raise UserError(f"{START_FROM_ROPE} is {start!r}; requires a SOURCE of RoPE that becomes FoPE")
+    if position_embedding_type == ROPE:
+        return _to_rope(checkpoint, args, given, old)
+    args.position_embedding_type, args.add_position_embedding = FOPE, False
+    if getattr(args, "multi_latent_attention", False):
+        args.rope_type = ROPE  # lengths are extended by FoPE's own settings
+    for field in FIELDS:
+        value = given.get(field.name)
+        if value is None and old is not None:
+            value = getattr(old, field.name)
+        setattr(args, f"fope_{field.name}", value)
+    if old is None:
+        new = _start(checkpoint, args, start)
+    else:
+        new = fope_config_from_args(args)
+        _check_grown(checkpoint, old, new)
+    _refuse_optimizer_of_learnable(checkpoint, new)
+    resolve_fope_arguments(args, new)
+    return Settings(args, old, new)
+
+
+def _start(checkpoint: Checkpoint, args: Any, start: str | None) -> FoPEConfig:
+    """The settings of a FoPE model that was RoPE; checks what the load-time flag checks."""
+    args.fope_start_from_rope = start
+    check_start_flags(args)
+    config = fope_config_from_args(args)
+    trained = checkpoint.args.seq_length
+    if config.train_length < trained:
+        raise UserError(
+            f"--fope-train-length is {config.train_length}, but SOURCE was trained with {trained}; "
+            f"allowed: at least {trained}"
+        )
+    # Another base is asked for by its flag, and the optimizer has a check of its own here.
+    asked = {"fope_change_rotary_base": True, "no_load_optim": True, "load_main_params_from_ckpt": False}
+    view = argparse.Namespace(**{"finetune": False} | vars(args) | asked | {"fope_start_from_rope": start})
+    check_rope_start(view, checkpoint.args, str(checkpoint.folder), checkpoint.iteration == "release")
+    if config.anneal_iters:
+        args.fope_anneal_start = _number(checkpoint)
+    return config
+
+
+def _check_grown(checkpoint: Checkpoint, old: FoPEConfig, new: FoPEConfig) -> None:
+    check_growth(old, new, "SOURCE")
+    if not anneal.is_annealed(checkpoint.args, _number(checkpoint)):
+        done = anneal.annealed_iterations(checkpoint.args, _number(checkpoint))
+        raise UserError(
+            f"SOURCE is {str(checkpoint.folder)!r}, whose start from RoPE is at {done} of "
+            f"{old.anneal_iters} iterations; finish it first"
+        )
+
+
+def _number(checkpoint: Checkpoint) -> int:
+    """Its iteration as Megatron counts, 0 for a release."""
+    return checkpoint.iteration if isinstance(checkpoint.iteration, int) else 0
+
+
+def _to_rope(checkpoint: Checkpoint, args: Any, given: dict[str, Any], old: FoPEConfig | None) -> Settings:
+    if old is None:
+        raise UserError(f"SOURCE is {str(checkpoint.folder)!r}, a RoPE model already; nothing to convert")
+    if given:
+        name = next(iter(given)).replace("_", "-")
+        raise UserError(f"--fope-{name} is given, but --position-embedding-type is 'rope'; leave it out")
+    args.position_embedding_type, args.add_position_embedding = ROPE, True
+    for name in [name for name in vars(args) if name.startswith("fope_")]:
+        delattr(args, name)
+    return Settings(args, old, None)
+
+
+def _refuse_optimizer_of_learnable(checkpoint: Checkpoint, config: FoPEConfig | None) -> None:
+    """Optimizer states of coefficients can neither be made up nor taken out of those of other parameters."""
+    if config is not None and config.learnable and checkpoint.has_optimizer:
+        raise UserError(
+            f"--fope-learnable is set and SOURCE {str(checkpoint.folder)!r} holds optimizer states, which do "
+            "not go with other coefficients; use frozen coefficients (later learnable with --finetune "
+            "--fope-learnable), or a checkpoint saved with --no-save-optim"
+        )
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise UserError(f"{name} is {value}; allowed: greater than 0")

@@ -1,0 +1,253 @@
+"""Documents out of text files, JSONL files and folders of them.
+
+A document is its UTF-8 bytes, exactly as stored: line ends and a byte-order mark in a text file are kept, so
+that the byte-level tokenizer loses nothing. What cannot be read comes out as a :class:`BadDocument`; whether
+that ends the run is for the caller to decide.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from megatron_fope.common.errors import UserError
+
+DEFAULT_INCLUDE = ("*.txt", "*.md", "*.rst", "*.py", "*.jsonl", "*.ndjson")
+"""Which files of a folder are read when ``--include`` is not given."""
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+JSON_SUFFIX = ".json"
+"""Read as JSONL if it is; else it has to be said what it is meant to be."""
+FORMATS = ("auto", "text", "jsonl")
+
+
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+"""What a file that is not UTF-8 seems to be, by how it begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input file.
+
+    Attributes:
+        path: where it is.
+        size: bytes.
+        is_jsonl: one document per line, rather than the whole file.
+    """
+
+    path: Path
+    size: int
+    is_jsonl: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BadDocument:
+    """Something in the input that is not a document.
+
+    Attributes:
+        where: ``file`` or ``file:line``.
+        reason: what is wrong, with the byte offset where there is one.
+    """
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+def find_sources(
+    inputs: Sequence[str | os.PathLike[str]],
+    *,
+    include: Sequence[str] = DEFAULT_INCLUDE,
+    exclude: Sequence[str] = (),
+    input_format: str = "auto",
+) -> tuple[list[Source], list[BadDocument]]:
+    """List the files to read, in an order that does not depend on the file system.
+
+    Inputs keep the order given; inside a folder the files are sorted by relative path. Hidden folders
+    (``.git``, ``.venv``) are not entered. A file reached twice is read once: a second copy would put the same
+    text on both sides of a held-out split.
+
+    Args:
+        inputs: files or folders. A file named here is read whatever its name.
+        include: glob patterns; in a folder, only files whose name or relative path matches one are read.
+        exclude: glob patterns on the name or relative path; ``*`` also matches ``/``, so ``test/*`` leaves
+            out everything below ``test``.
+        input_format: one of :data:`FORMATS`; ``auto`` goes by :data:`JSONL_SUFFIXES`, and takes a ``.json``
+            file for JSONL if its first line is an object.
+
+    Raises:
+        UserError: an input does not exist, or a folder holds no matching file.
+    """
+    sources: list[Source] = []
+    bad: list[BadDocument] = []
+    seen: set[str] = set()
+    for given in inputs:
+        if not os.fspath(given):
+            raise UserError("--input: '' given; give files or folders")
+        root = Path(given)
+        if root.is_dir():
+            paths = _walk(root, include, exclude, bad)
+            if not paths and not bad:
+                raise UserError(
+                    f"--input: no file in {root} matches --include {' '.join(include)}"
+                    + (f" after --exclude {' '.join(exclude)}" if exclude else "")
+                )
+        elif os.path.lexists(root):
+            paths = [root]
+        else:
+            raise UserError(f"--input: {root} does not exist; give files or folders")
+        for path in paths:
+            try:
+                info = path.stat()
+            except OSError as error:
+                bad.append(BadDocument(str(path), f"cannot be read ({error.strerror})"))
+                continue
+            # Opening a named pipe would wait for ever.
+            if not stat.S_ISREG(info.st_mode):
+                bad.append(BadDocument(str(path), "is not a regular file"))
+                continue
+            real = os.path.realpath(path)
+            if real not in seen:
+                seen.add(real)
+                suffix = path.suffix.lower()
+                jsonl = input_format == "jsonl" or (input_format == "auto" and suffix in JSONL_SUFFIXES)
+                if input_format == "auto" and suffix == JSON_SUFFIX:
+                    problem = _why_not_jsonl(path)
+                    if problem:
+                        bad.append(BadDocument(str(path), problem))
+                        continue
+                    jsonl = True
+                sources.append(Source(path, info.st_size, jsonl))
+    return sources, bad
+
+
+def read_documents(source: Source, json_key: str = "text") -> Iterator[tuple[bytes | BadDocument, int]]:
+    """Yield each document, or what is wrong with it, and how many bytes of the file it took up.
+
+    Args:
+        source: the file.
+        json_key: which field of each JSONL line holds the text.
+
+    Yields:
+        ``(document, consumed)``; the document is valid UTF-8 and may be empty.
+    """
+    try:
+        if source.is_jsonl:
+            yield from _read_jsonl(source.path, json_key)
+        else:
+            data = source.path.read_bytes()
+            try:
+                data.decode()
+            except UnicodeDecodeError as error:
+                yield BadDocument(str(source.path), _not_utf8(error) + _hint(data)), len(data)
+            else:
+                yield data, len(data)
+    except OSError as error:
+        yield BadDocument(str(source.path), f"cannot be read ({error.strerror})"), 0
+
+
+def _why_not_jsonl(path: Path) -> str | None:
+    """Why a ``.json`` file is not read; None if it holds an object per line, or nothing."""
+    try:
+        with path.open("rb") as lines:
+            first = next((line for line in lines if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    try:
+        if not first or isinstance(json.loads(first.decode("utf-8-sig")), dict):
+            return None
+    except (ValueError, RecursionError):
+        pass
+    return (
+        "holds no JSON object in its first line, so it is not JSON Lines; for an array: jq -c '.[]' FILE > "
+        "FILE.jsonl; to take the whole file as one text: --format text"
+    )
+
+
+def _read_jsonl(path: Path, json_key: str) -> Iterator[tuple[bytes | BadDocument, int]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            # A blank line separates nothing and holds nothing: most JSONL files end with one.
+            if line.strip():
+                parsed = _parse_line(line, json_key, first=number == 1)
+                if isinstance(parsed, str):
+                    if number == 1 and parsed.startswith("not UTF-8"):
+                        parsed += _hint(line)
+                    yield BadDocument(f"{path}:{number}", parsed), len(line)
+                else:
+                    yield parsed, len(line)
+
+
+def _parse_line(line: bytes, json_key: str, *, first: bool) -> bytes | str:
+    """The document of one JSONL line as bytes, or as ``str`` the reason that there is none."""
+    try:
+        record = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+    except UnicodeDecodeError as error:
+        return _not_utf8(error, "of the line")
+    except json.JSONDecodeError as error:
+        return f"not JSON at column {error.colno} ({error.msg})"
+    except (RecursionError, ValueError) as error:
+        return f"not readable as JSON ({error})"
+    if not isinstance(record, dict):
+        return f"a JSON object is needed, this is a {type(record).__name__}"
+    if json_key not in record:
+        return f"has no key {json_key!r} (--json-key); it has {', '.join(map(repr, record)) or 'none'}"
+    text = record[json_key]
+    if not isinstance(text, str):
+        return f"the value of {json_key!r} is a {type(text).__name__}, not a string"
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        # JSON can spell half of a surrogate pair, which no UTF-8 text holds.
+        return f"a lone surrogate at character {error.start}"
+
+
+def _not_utf8(error: UnicodeDecodeError, of: str = "of the file") -> str:
+    return f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} {of}"
+
+
+def _hint(data: bytes) -> str:
+    kind = next((kind for start, kind in _PACKED.items() if data.startswith(start)), None)
+    return f" (it looks like {kind}: make text or JSONL of it first)" if kind else ""
+
+
+def _walk(root: Path, include: Sequence[str], exclude: Sequence[str], bad: list[BadDocument]) -> list[Path]:
+    def unreadable(error: OSError) -> None:
+        bad.append(BadDocument(str(error.filename), f"cannot be listed ({error.strerror})"))
+
+    found: list[tuple[str, Path]] = []
+    for folder, subfolders, names in os.walk(root, onerror=unreadable):
+        at = Path(folder)
+        relative = at.relative_to(root)
+        # A pattern that matches "test/" matches all below it too, so the folder need not be entered.
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not name.startswith(".") and not _matches((relative / name).as_posix() + "/", "", exclude)
+        ]
+        for name in names:
+            path = (relative / name).as_posix()
+            if _matches(path, name, include) and not _matches(path, name, exclude):
+                found.append((path, at / name))
+    return [path for _, path in sorted(found)]
+
+
+def _matches(path: str, name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(path, pattern) or fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,163 @@
+"""Pictures of evaluations: perplexity over length and position, heat maps of retrieval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_fope.common.errors import UserError
+
+# Two hues that stay apart for colour-blind readers and in greyscale; further checkpoints continue the list.
+_COLORS = ("#c44e52", "#2a6f97", "#6a994e", "#8d6a9f", "#b08900")
+_MARKERS = ("o", "s", "^", "D", "v")
+
+
+def require_matplotlib() -> None:
+    """Fail early and clearly where there is nothing to draw with.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("--picture needs matplotlib; pip install 'megatron-fope[demo]'") from None
+
+
+def draw(report: dict[str, Any], path: str | Path, title: str) -> None:
+    """Draw perplexity over context length, one line per checkpoint; beside it by position, if measured.
+
+    Positions are those in the longest window.
+
+    Args:
+        report: what :func:`megatron_fope.tools.evaluation.command.evaluate_perplexity` returns.
+        path: PNG file to write.
+        title: heading.
+    """
+    require_matplotlib()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    checkpoints = report["checkpoints"]
+    by_position = all("by_position" in checkpoint["results"][0] for checkpoint in checkpoints.values())
+    panels = 2 if by_position else 1
+    figure, grid = pyplot.subplots(
+        1, panels, figsize=(7 * panels, 4.2), dpi=150, layout="constrained", squeeze=False
+    )
+    _draw_lines(
+        grid[0, 0],
+        {
+            label: [(row["length"], row["perplexity"]) for row in checkpoint["results"]]
+            for label, checkpoint in checkpoints.items()
+        },
+        {checkpoint["train_length"] for checkpoint in checkpoints.values()},
+    )
+    lengths = [row["length"] for row in next(iter(checkpoints.values()))["results"]]
+    grid[0, 0].set_xscale("log", base=2)
+    grid[0, 0].set_xticks(lengths, [str(length) for length in lengths])
+    grid[0, 0].set_xlabel("context length (tokens)")
+    grid[0, 0].set_title(title)
+    if by_position:
+        _draw_lines(
+            grid[0, 1],
+            {
+                label: [
+                    ((part["start"] + part["stop"] - 1) / 2, part["perplexity"])
+                    for part in max(checkpoint["results"], key=lambda row: row["length"])["by_position"]
+                ]
+                for label, checkpoint in checkpoints.items()
+            },
+            {checkpoint["train_length"] for checkpoint in checkpoints.values()},
+        )
+        grid[0, 1].set_xlabel("position in the window (tokens)")
+        grid[0, 1].set_title(f"By position, in windows of {max(lengths)} tokens")
+    _save(figure, path)
+
+
+def _draw_lines(axes: Any, lines: dict[str, list[tuple[float, float]]], trained: set[int]) -> None:
+    for i, (label, points) in enumerate(lines.items()):
+        color = _COLORS[i % len(_COLORS)]
+        marker = _MARKERS[i % len(_MARKERS)]
+        axes.plot(*zip(*points, strict=True), marker=marker, color=color, linewidth=2, label=label)
+        axes.annotate(
+            f"{points[-1][1]:.1f}",
+            points[-1],
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            color=color,
+        )
+    for length in trained:
+        axes.axvline(length, color="0.6", linestyle="--", linewidth=1)
+        axes.annotate(
+            "trained here",
+            (length, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -10),
+            textcoords="offset points",
+            fontsize=8,
+            color="0.4",
+        )
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+    axes.set_ylabel("perplexity (log scale)")
+    axes.grid(True, which="both", linewidth=0.4, alpha=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def draw_heat_maps(report: dict[str, Any], path: str | Path, title: str) -> None:
+    """Draw accuracy over length and depth, one heat map per checkpoint.
+
+    Args:
+        report: what :func:`megatron_fope.tools.evaluation.retrieval_command.evaluate_retrieval` returns.
+        path: PNG file to write.
+        title: heading.
+    """
+    require_matplotlib()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    checkpoints = report["checkpoints"]
+    rows = next(iter(checkpoints.values()))["results"]
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
+    depths = sorted({row["depth"] for row in rows})
+    figure, grid = pyplot.subplots(
+        1,
+        len(checkpoints),
+        figsize=(1.4 + (0.8 + 0.6 * len(lengths)) * len(checkpoints), 1.6 + 0.5 * len(depths)),
+        dpi=150,
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
+    )
+    for axes, (label, checkpoint) in zip(grid[0], checkpoints.items(), strict=True):
+        by_place = {(row["length"], row["depth"]): 100 * row["accuracy"] for row in checkpoint["results"]}
+        values = [[by_place[length, depth] for length in lengths] for depth in depths]
+        image = axes.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+        for i, line in enumerate(values):
+            for j, value in enumerate(line):
+                color = "white" if value < 60 else "black"
+                axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+        axes.set_xticks(range(len(lengths)), [str(length) for length in lengths], fontsize=8)
+        axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize=8)
+        axes.set_xlabel("prompt length (tokens)")
+        axes.set_title(f"{label} (trained at {checkpoint['train_length']})", fontsize=9)
+    grid[0, 0].set_ylabel("depth of the answer")
+    figure.colorbar(image, ax=list(grid[0]), label="answers found (%)")
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    from matplotlib import pyplot
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)
