@@ -61,12 +61,12 @@ reshard: setup
 	@$(BIN)/python tests/reshard.py
 
 bench: setup
-	@$(BIN)/megatron-fope bench all --out $(BENCH_OUT)
-	@$(BIN)/megatron-fope bench communication --out $(BENCH_OUT)
+	@$(BIN)/python examples/bench all --out $(BENCH_OUT)
+	@$(BIN)/python examples/bench communication --out $(BENCH_OUT)
 
 bench-gpu: setup
 	@$(BIN)/python -m pytest -q $(KERNEL_TESTS)
-	@$(BIN)/megatron-fope bench all --device cuda --out $(BENCH_OUT)
+	@$(BIN)/python examples/bench all --device cuda --out $(BENCH_OUT)
 
 test-gpu: setup
 	@$(BIN)/python -m pytest -q -rs tests/gpu $(KERNEL_TESTS)

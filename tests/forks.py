@@ -28,7 +28,9 @@ class Launcher:
     """Starts runs in a server process; a context manager."""
 
     def __enter__(self) -> Launcher:
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(
+            filter(None, [str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH")])
+        )
         self._server = subprocess.Popen(
             [sys.executable, str(Path(__file__))],
             stdin=subprocess.PIPE,

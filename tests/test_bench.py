@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench import cases, command, end_to_end, providers, results, rotary, timing
+from bench.cases import Case
+from bench.check import Expected, check
+from bench.providers import PROVIDERS, Provider
 
 from megatron_fope.kernels import torch_rotary
-from megatron_fope.tools import cli
-from megatron_fope.tools.bench import cases, end_to_end, providers, results, rotary, timing
-from megatron_fope.tools.bench.cases import Case
-from megatron_fope.tools.bench.check import Expected, check
-from megatron_fope.tools.bench.providers import PROVIDERS, Provider
 
 CPU = torch.device("cpu")
 TINY = Case(48, heads=4, kv_heads=2, head_dim=16, dtype="bf16")
@@ -107,7 +106,7 @@ def test_a_wrong_provider_gets_no_speed(
         "--no-picture",
     ]
     flags += ["--provider", "broken,fope-torch", "--out", str(tmp_path), "--device", "cpu"]
-    assert cli.main(["bench", "rotary", *flags]) == 1
+    assert command.main(["rotary", *flags]) == 1
     printed = capsys.readouterr().out
     (line,) = [line for line in printed.splitlines() if line.startswith("  broken, ")]
     assert complaint in line and "no speed is given" in line
@@ -148,7 +147,7 @@ def test_every_provider_is_correct(dtype: str, settings: dict) -> None:
 def test_comparison_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large tensors are compared part by part; an error in the last part counts."""
     inputs = cases.make_inputs(TINY, CPU)
-    monkeypatch.setattr("megatron_fope.tools.bench.check._CHUNK", 7 * 4 * 16)
+    monkeypatch.setattr("bench.check._CHUNK", 7 * 4 * 16)
     expected = Expected(inputs, "fope")
     call = PROVIDERS["fope-torch"].call(inputs)
     outputs = call.forward()

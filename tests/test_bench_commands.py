@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench import command, end_to_end, memory, plot, results, rotary, table
+from bench.allocation import allocation, saved_for_backward
 
 from megatron_fope.common.errors import UserError
-from megatron_fope.tools import cli
-from megatron_fope.tools.bench import command, end_to_end, memory, plot, results, rotary, table
-from megatron_fope.tools.bench.allocation import allocation, saved_for_backward
 
 CPU = torch.device("cpu")
 
@@ -95,7 +94,7 @@ def test_ratios_and_picture_come_from_the_rows(tmp_path: Path) -> None:
 )
 def test_bad_input(flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["bench", *flags.split(), "--out", str(tmp_path / "none")])
+        command.main([*flags.split(), "--out", str(tmp_path / "none")])
     (line,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and re.search(message, line), line
     assert not (tmp_path / "none").exists()
@@ -104,8 +103,8 @@ def test_bad_input(flags: str, message: str, tmp_path: Path, capsys: pytest.Capt
 def test_rotary_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     flags = ["--sequence", "16,32", "--heads", "2/2", "--head-dim", "16", "--seconds", "1", "--device", "cpu"]
     flags += ["--provider", "fope-torch,published,megatron-rope", "--out", str(tmp_path)]
-    assert cli.main(["bench", "rotary", *flags]) == 0
-    assert cli.main(["bench", "plot", "--out", str(tmp_path)]) == 0
+    assert command.main(["rotary", *flags]) == 0
+    assert command.main(["plot", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "8 of 8 checks passed" in printed and "/ megatron-rope" in printed
     with (tmp_path / rotary.CSV).open() as file:
@@ -135,10 +134,7 @@ def test_allocations_are_counted() -> None:
 
 
 def test_memory_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert (
-        cli.main(["bench", "memory", "--sequence", "512,2048", "--device", "cpu", "--out", str(tmp_path)])
-        == 0
-    )
+    assert command.main(["memory", "--sequence", "512,2048", "--device", "cpu", "--out", str(tmp_path)]) == 0
     text = (tmp_path / memory.MARKDOWN).read_text()
     assert text in capsys.readouterr().out
     cells = [
@@ -187,12 +183,12 @@ def test_everything_in_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(command, "_memory", lambda *_: ran.append("memory") or 0)
 
     def start(words: list[str], **_: object) -> subprocess.CompletedProcess:
-        ran.append(" ".join(words[3:7]))
+        ran.append(" ".join(words[2:5]))
         return subprocess.CompletedProcess(words, 0)
 
     monkeypatch.setattr(subprocess, "run", start)
-    assert cli.main(["bench", "all", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert ran == ["rotary", "memory", "bench step --device cpu"]
+    assert command.main(["all", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert ran == ["rotary", "memory", "step --device cpu"]
 
 
 def test_only_the_rotation_runs_without_megatron(
@@ -204,18 +200,18 @@ def test_only_the_rotation_runs_without_megatron(
     monkeypatch.setattr(command, "require_supported_megatron", refuse)
     monkeypatch.setattr(command, "_rotary", lambda *_: 0)
     monkeypatch.setattr(command, "_memory", None)
-    assert cli.main(["bench", "all", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert command.main(["all", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert "no memory and no step: Megatron-Core is not installed" in capsys.readouterr().out
     for name in ("memory", "step", "communication"):
         with pytest.raises(SystemExit):
-            cli.main(["bench", name, "--device", "cpu", "--out", str(tmp_path)])
+            command.main([name, "--device", "cpu", "--out", str(tmp_path)])
         assert "Megatron-Core is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.launch
 def test_step_command(tmp_path: Path) -> None:
     """Real training of both twins, in a process of its own: the CPU runtime changes torch."""
-    words = [sys.executable, "-m", "megatron_fope", "bench", "step", "--device", "cpu", "--steps", "3"]
+    words = [sys.executable, str(Path(command.__file__).parent), "step", "--device", "cpu", "--steps", "3"]
     words += ["--out", str(tmp_path), "--", "--seq-length", "32", "--max-position-embeddings", "32"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-
-from megatron_fope.tools.bench import communication
+from bench import communication
 
 LAYOUTS = ("TP2 SP CP2 distributed optimizer", "PP2 DP2 distributed optimizer")
 

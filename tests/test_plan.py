@@ -45,7 +45,7 @@ LLAMA_70B = [
 HELD = """
 import json, os
 from megatron.training import training
-from megatron_fope.tools.bench.allocation import storages
+from bench.allocation import storages
 
 original = training.train_step
 
@@ -71,7 +71,7 @@ training.train_step = train_step
 KEPT = """
 import json, os, torch
 from megatron_fope.training import pretrain
-from megatron_fope.tools.bench.allocation import storages
+from bench.allocation import storages
 
 original = pretrain.forward_step
 

@@ -40,7 +40,10 @@ import write_up
 
 from megatron_fope.common.command_line import separated, variable, whole
 from megatron_fope.common.errors import exit_on_user_error
-from megatron_fope.tools.bench.results import facts
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.results import facts
+
 from megatron_fope.tools.data import prepare_data
 from megatron_fope.tools.data.recall import make_recall_data
 from megatron_fope.tools.evaluation.command import evaluate_perplexity

@@ -26,7 +26,6 @@ megatron-fope ladder SCHEDULE [--run]                    several context lengths
 megatron-fope plan --gpus N ... -- [Megatron's arguments]
                                                          memory of a rank, and parallel layouts that fit
 megatron-fope env                                        versions, GPUs and back ends, for bug reports
-megatron-fope bench ...                                  speed, memory and communication beside RoPE
 """
 _DESCRIPTION = """\
 Training runs one process per rank: torchrun --nproc-per-node N -m megatron_fope ...
@@ -74,7 +73,6 @@ COMMANDS = {
     "ladder": Command("tools.ladder.command", "several context lengths, stage by stage", takes_words=True),
     "plan": Command("tools.planning.command", "memory of a rank, and layouts that fit", takes_words=True),
     "env": Command("tools.environment", "versions, GPUs and back ends"),
-    "bench": Command("tools.bench.command", "speed, memory and communication beside RoPE"),
 }
 
 

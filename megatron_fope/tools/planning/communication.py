@@ -1,9 +1,9 @@
 """Bytes that one rank sends in a training step, by the kind of parallelism.
 
-FoPE adds nothing to any of them: every rank rotates what it has (``megatron-fope bench communication`` counts
-it). Every formula is the lower bound of a ring: a gather or a scatter over ``n`` ranks moves ``(n - 1) / n``
-of the whole through each rank, a sum of everything twice that. For one layer and one micro-batch, with ``e``
-bytes per number, ``t`` tokens of the rank and ``x = e t h`` the activations between layers:
+FoPE adds nothing to any of them: every rank rotates what it has (``examples/bench`` counts it). Every
+formula is the lower bound of a ring: a gather or a scatter over ``n`` ranks moves ``(n - 1) / n`` of the
+whole through each rank, a sum of everything twice that. For one layer and one micro-batch, with ``e`` bytes
+per number, ``t`` tokens of the rank and ``x = e t h`` the activations between layers:
 
 ======= ==================================================================================================
 TP      with sequence parallelism 4 gathers or scatters of ``x`` forward and 6 backward; without it, 2 sums

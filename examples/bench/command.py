@@ -1,4 +1,4 @@
-"""``megatron-fope bench``: the flags of all benchmarks. Heavy imports happen when one runs."""
+"""The flags of all benchmarks. Heavy imports happen when one runs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,32 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_fope.common.command_line import separated, whole
+from megatron_fope.common.command_line import OneLineParser, separated, whole
+from megatron_fope.common.command_line import command as framed
 from megatron_fope.common.errors import UserError
 from megatron_fope.compat import require_supported_megatron
 
 if TYPE_CHECKING:
     import torch
 
+_PROGRAM = "python examples/bench"
 DEVICES = ("auto", "cpu", "cuda")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; see :func:`run` for the exit code."""
+    with framed(_PROGRAM):
+        parser = OneLineParser(
+            prog=_PROGRAM,
+            description="Speed, memory and communication of FoPE's rotation beside RoPE and the published "
+            "implementation. Results go to files in --out, keyed by configuration, machine kind and commit.",
+        )
+        add_arguments(parser)
+        return run(parser.parse_args(argv))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sub-commands and their flags."""
-    parser.description = (
-        "Speed, memory and communication of FoPE's rotation beside RoPE and the published implementation. "
-        "Results go to files in --out, keyed by configuration, machine kind and commit."
-    )
     commands = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
 
     def add(name: str, text: str, *, device: str = "auto") -> argparse.ArgumentParser:
@@ -98,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _rotary(arguments: argparse.Namespace, device: torch.device, out: Path) -> int:
-    from megatron_fope.tools.bench import cases, providers, rotary
+    from bench import cases, providers, rotary
 
     names = (
         "sequence",
@@ -124,14 +134,14 @@ def _rotary(arguments: argparse.Namespace, device: torch.device, out: Path) -> i
 
 
 def _memory(arguments: argparse.Namespace, device: torch.device, out: Path) -> int:
-    from megatron_fope.tools.bench import memory
+    from bench import memory
 
     memory.run(device, out, lengths=getattr(arguments, "sequence", None) or memory.LENGTHS)
     return 0
 
 
 def _step(arguments: argparse.Namespace, device: torch.device, out: Path) -> int:
-    from megatron_fope.tools.bench import end_to_end
+    from bench import end_to_end
 
     end_to_end.run(out, cpu=device.type == "cpu", steps=arguments.steps, flags=arguments.megatron)
     return 0
@@ -140,8 +150,8 @@ def _step(arguments: argparse.Namespace, device: torch.device, out: Path) -> int
 def _communication(arguments: argparse.Namespace, device: torch.device, out: Path) -> int:
     import torch
 
-    from megatron_fope.tools.bench import communication
-    from megatron_fope.tools.bench.cases import words
+    from bench import communication
+    from bench.cases import words
 
     layouts = list(communication.LAYOUTS)
     if arguments.layout is not None:
@@ -156,8 +166,8 @@ def _communication(arguments: argparse.Namespace, device: torch.device, out: Pat
 
 
 def _plot(out: Path) -> int:
-    from megatron_fope.tools.bench import plot
-    from megatron_fope.tools.bench.rotary import CSV
+    from bench import plot
+    from bench.rotary import CSV
 
     print(*plot.draw(out / CSV), sep="\n")
     return 0
@@ -172,7 +182,7 @@ def _all(arguments: argparse.Namespace, device: torch.device, out: Path) -> int:
         return failed
     _memory(arguments, device, out)
     # A process of its own: Megatron is initialised once, and the CPU runtime changes torch.
-    command = [sys.executable, "-m", "megatron_fope", "bench", "step", "--device", device.type]
+    command = [sys.executable, str(Path(__file__).parent), "step", "--device", device.type]
     command += ["--out", str(out), "--threads", str(arguments.threads)]
     step = subprocess.run(command).returncode
     return failed or step

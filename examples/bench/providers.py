@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from bench.cases import Case, Inputs
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula import functional
-from megatron_fope.tools.bench.cases import Case, Inputs
 
 Pair = tuple[Tensor, Tensor]
 
@@ -138,7 +138,7 @@ def _compiled(inputs: Inputs) -> Callable[[], Pair]:
 
 
 def _published(inputs: Inputs) -> Callable[[], Pair]:
-    from megatron_fope.tools.bench.published import rotate_as_published
+    from bench.published import rotate_as_published
 
     return lambda: rotate_as_published(
         inputs.query, inputs.key, inputs.sin_basis, inputs.cos_basis, inputs.coefficients, inputs.fope

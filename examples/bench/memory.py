@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import results
+from bench.allocation import allocation, saved_for_backward, storages
+from bench.published import rotate_as_published
+from bench.table import markdown
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import PROFILES, FoPEConfig
-from megatron_fope.tools.bench import results
-from megatron_fope.tools.bench.allocation import allocation, saved_for_backward, storages
-from megatron_fope.tools.bench.published import rotate_as_published
-from megatron_fope.tools.bench.table import markdown
 
 MARKDOWN = "memory.md"
 LENGTHS = (8192, 131072, 1048576)
@@ -208,7 +208,7 @@ def document(shared: list[Shared], layers: list[Layer], device: torch.device) ->
     return f"""\
 # Memory of position embeddings
 
-`megatron-fope bench memory`, {by_line}.
+`python examples/bench memory`, {by_line}.
 Head dimension {HEAD_DIM}, rotary base {BASE:g}; 1 MB is 2^20 bytes.
 
 ## What a rank holds once, for all layers and heads

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bench.cases import Inputs
+from bench.providers import Call, Provider
 from megatron_fope.formula import functional
-from megatron_fope.tools.bench.cases import Inputs
-from megatron_fope.tools.bench.providers import Call, Provider
 
 _CHUNK = 1 << 22
 """Elements of the query compared at a time: float64 takes a multiple of the memory of the tensors."""

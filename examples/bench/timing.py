@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_fope.tools.bench.providers import Call
+from bench.providers import Call
 
 MODES = ("forward", "backward", "both")
 

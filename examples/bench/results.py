@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_fope import __version__
+import megatron_fope
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.staging import write_text
 
@@ -50,7 +50,7 @@ def facts(device: torch.device) -> Row:
 
 def commit() -> str:
     """The checkout's commit; ``-dirty`` when the package differs from it; a release's version otherwise."""
-    package = Path(__file__).resolve().parent.parent
+    package = Path(megatron_fope.__file__).parent
 
     def git(*words: str) -> str | None:
         try:
@@ -61,7 +61,7 @@ def commit() -> str:
 
     head = git("rev-parse", "--short=9", "HEAD")
     if head is None or not git("ls-files", "__init__.py"):
-        return f"v{__version__}"
+        return f"v{megatron_fope.__version__}"
     # Only the package: results written into the checkout do not make it another program.
     return head + ("-dirty" if git("status", "--porcelain", "--", ".") else "")
 

@@ -6,11 +6,11 @@ import math
 import re
 from pathlib import Path
 
+from bench import results
+from bench.providers import OWN, PROVIDERS
+from bench.results import Row
+from bench.table import describe_shape
 from megatron_fope.common.errors import UserError
-from megatron_fope.tools.bench import results
-from megatron_fope.tools.bench.providers import OWN, PROVIDERS
-from megatron_fope.tools.bench.results import Row
-from megatron_fope.tools.bench.table import describe_shape
 
 _COLORS = {"own": "#2a6f97", "fope": "#8fb8d0", "rope": "#c44e52", "copy": "#8c8c8c"}
 _LABELS = {"own": "FoPE, this package", "fope": "FoPE, other", "rope": "RoPE", "copy": "copy"}

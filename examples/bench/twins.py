@@ -31,7 +31,7 @@ def initialize(flags: list[str], *, cpu: bool) -> None:
     Raises:
         UserError: no GPU although ``cpu`` is false, or bad flags.
     """
-    sys.argv = ["megatron-fope bench", *MODEL.split(), *flags]
+    sys.argv = ["python examples/bench", *MODEL.split(), *flags]
     from megatron_fope.training.launch import prepare
 
     prepare(cpu=cpu)

@@ -10,11 +10,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import results
+from bench.results import Row, number
+from bench.table import markdown
+from bench.timing import quantiles
 from megatron_fope import compat
-from megatron_fope.tools.bench import results
-from megatron_fope.tools.bench.results import Row, number
-from megatron_fope.tools.bench.table import markdown
-from megatron_fope.tools.bench.timing import quantiles
 
 CSV = "step.csv"
 MEASURED = (
@@ -90,7 +90,7 @@ def run(out: Path, *, cpu: bool, steps: int, flags: list[str]) -> None:
             "rope-fusion",
         )
         model += [f"--no-{name}" for name in unfused]
-    from megatron_fope.tools.bench.twins import Twin, initialize
+    from bench.twins import Twin, initialize
 
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all its arguments
         initialize([*model, *compat.null_tokenizer_flags(vocabulary), *flags], cpu=cpu)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from megatron_fope.tools.bench.providers import OWN
-from megatron_fope.tools.bench.results import Row
+from bench.providers import OWN
+from bench.results import Row
 
 BASELINES = ("megatron-rope", "published", "te-rope", "flash-rope", "copy")
 """What this package's times are divided by."""

@@ -7,6 +7,7 @@ ones are parameters: their gradients are reduced with all others, and over the t
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,10 +15,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from bench.table import markdown
 from megatron_fope.common.errors import UserError, exit_on_user_error
-from megatron_fope.tools.bench.table import markdown
 
 MARKDOWN = "communication.md"
+_EXAMPLES = Path(__file__).resolve().parents[1]
 TP2, CP2, PP2 = (f"--{name}-parallel-size 2" for name in ("tensor-model", "context", "pipeline-model"))
 DISTRIBUTED = "--use-distributed-optimizer"
 
@@ -61,10 +63,11 @@ def measure(layout: str, *, cpu: bool = True) -> dict[str, Any]:
         result = Path(folder) / "result.json"
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(num_ranks), "-m", "megatron_fope.tools.bench.communication"),
+            *("--nproc-per-node", str(num_ranks), "-m", "bench.communication"),
             *("cpu" if cpu else "cuda", str(result), *flags.split()),
         ]
-        done = subprocess.run(command, capture_output=True, text=True)
+        path = os.pathsep.join(filter(None, [str(_EXAMPLES), os.environ.get("PYTHONPATH")]))
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
         if done.returncode or not result.is_file():
             sys.stderr.write(done.stdout[-2000:] + done.stderr[-6000:])
             raise UserError(f"the launch of {layout} with {num_ranks} ranks failed; its last output is above")
@@ -77,7 +80,7 @@ def run(layouts: list[str], out: Path, *, cpu: bool) -> int:
     Returns:
         The number of layouts in which frozen FoPE communicates other than RoPE does.
     """
-    from megatron_fope.tools.bench import results
+    from bench import results
 
     rows, different = [], 0
     for layout in layouts:
@@ -90,7 +93,7 @@ def run(layouts: list[str], out: Path, *, cpu: bool) -> int:
     text = f"""\
 # Communication of a training step
 
-`megatron-fope bench communication`, commit {results.commit()}: calls and bytes of one step of a small GPT,
+`python examples/bench communication`, commit {results.commit()}: calls and bytes of one step of a small GPT,
 summed over all ranks. "The same" compares every single call on every rank.
 
 {markdown(header, rows, left=2)}
@@ -152,8 +155,8 @@ def _bytes(argument: Any) -> int:
 
 def worker(device: str, result: str, flags: list[str]) -> None:
     """Count all twins on this rank; rank 0 writes the sum over ranks."""
+    from bench.twins import KINDS, Twin, initialize
     from megatron_fope import compat
-    from megatron_fope.tools.bench.twins import KINDS, Twin, initialize
 
     initialize([*MODEL.split(), *compat.null_tokenizer_flags(128), *flags], cpu=device == "cpu")
     import torch

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
+from bench import results
+from bench.allocation import allocation
+from bench.cases import Case, Inputs, make_inputs
+from bench.check import Expected, check
+from bench.providers import Call, Provider
+from bench.results import Row, number
+from bench.table import ratios, rotary_table
+from bench.timing import MODES, Samples, fixed_microseconds, measure, quantiles
 from megatron_fope.common.errors import UserError
-from megatron_fope.tools.bench import results
-from megatron_fope.tools.bench.allocation import allocation
-from megatron_fope.tools.bench.cases import Case, Inputs, make_inputs
-from megatron_fope.tools.bench.check import Expected, check
-from megatron_fope.tools.bench.providers import Call, Provider
-from megatron_fope.tools.bench.results import Row, number
-from megatron_fope.tools.bench.table import ratios, rotary_table
-from megatron_fope.tools.bench.timing import MODES, Samples, fixed_microseconds, measure, quantiles
 
 CSV = "rotary.csv"
 
