@@ -61,7 +61,7 @@ def attention(axes: Any) -> None:
     positions = torch.arange(distances)
     generator = torch.Generator().manual_seed(1)
     vectors = torch.randn(1, 1, 256, HEAD_DIM, generator=generator).expand(distances, -1, -1, -1)
-    identity = {"init": "identity", "square": True, "clip": False, "padding": "0,1"}
+    identity = {"init": "identity", "square": True, "clip": False, "pad_value": "0,1"}
     for label, color, options in (("RoPE", ROPE, identity), ("FoPE", FOPE, {"gain": 0.4})):
         fope = FoPEConfig.from_profile("paper", train_length=LENGTH, **options)
         basis = functional.fourier_basis(positions, fope.inv_freq(HEAD_DIM))

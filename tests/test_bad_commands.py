@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from synthetic import SyntheticCheckpoint
 
-from megatron_fope.arguments.flags import parser
+from megatron_fope.arguments import parser
 from megatron_fope.tools.cli import main
 from megatron_fope.tools.ladder import plan as ladder_plan
 

@@ -77,7 +77,7 @@ SETTINGS = {
     "head dimension too small": case("--kv-channels 2", "--kv-channels", "is 2", "even number >= 4"),
     "base": case("--rotary-base 1", "--rotary-base is 1.0", "greater than 1"),
     "unknown init": case("--fope-init zeros", "--fope-init is 'zeros'", "eye_xavier_norm", "xavier_uniform"),
-    "unknown padding": case("--fope-padding 0,0", "--fope-padding is '0,0'", "1,1, 0,1"),
+    "unknown padding": case("--fope-pad-value 0,0", "--fope-pad-value is '0,0'", "1,1, 0,1"),
     "unknown scaling": case(
         "--fope-scaling ntk", "--fope-scaling is 'ntk'", "none, pi, linear, yarn, llama3"
     ),
@@ -226,7 +226,9 @@ LOADING = {
     "learning from a frozen checkpoint": load(
         "paper", "--fope-learnable", "--fope-learnable is True", "trained with False"
     ),
-    "another padding": load("paper", "--fope-padding 0,1", "--fope-padding is '0,1'", "trained with '1,1'"),
+    "another padding": load(
+        "paper", "--fope-pad-value 0,1", "--fope-pad-value is '0,1'", "trained with '1,1'"
+    ),
     "another base": load("paper", "--rotary-base 20000", "--rotary-base is 20000.0", "trained with 10000.0"),
     "another profile": load("intern", "", "--fope-profile is 'paper'", "trained with 'intern-s1-pro'"),
     "another profile the other way round": load(
@@ -235,7 +237,9 @@ LOADING = {
         "--fope-profile is 'intern-s1-pro'",
         "trained with 'paper'",
     ),
-    "torch_dist": load("distributed", "--fope-padding 0,1", "--fope-padding is '0,1'", "trained with '1,1'"),
+    "torch_dist": load(
+        "distributed", "--fope-pad-value 0,1", "--fope-pad-value is '0,1'", "trained with '1,1'"
+    ),
     "rope into fope": load("rope", "", "--position-embedding-type is 'fope'", "trained with 'rope'"),
     "fope into rope": load(
         "paper", "", "--position-embedding-type is 'rope'", "trained with 'fope'", position=ROPE
@@ -264,7 +268,7 @@ LOADING = {
     "another pairing": load("paper", "--rotary-interleaved", "--rotary-interleaved is True", "with False"),
     "layers without positions": load("paper", "--no-rope-freq 2", "--no-rope-freq is [0, 1]", "None"),
     "its arguments, another padding": load(
-        "paper", "--fope-padding 0,1", "--fope-padding is '0,1'", "trained with '1,1'", adopt=True
+        "paper", "--fope-pad-value 0,1", "--fope-pad-value is '0,1'", "trained with '1,1'", adopt=True
     ),
     "its arguments, another train length": load(
         "distributed",

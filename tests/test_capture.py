@@ -140,7 +140,7 @@ def test_no_value_is_read(call: str, learnable: bool) -> None:
 )
 def test_runs_without_values(call: str, learnable: bool, device: str) -> None:
     """Forward and backward on the CPU; forward on a GPU, where autograd would need a real one."""
-    fope = module("cpu", learnable=learnable, implementation="torch")
+    fope = module("cpu", learnable=learnable, backend="torch")
     with FakeTensorMode() as mode:
         for tensors in (fope._buffers, fope._parameters):
             for name, tensor in tensors.items():

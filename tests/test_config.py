@@ -59,7 +59,7 @@ def test_coefficients_do_not_touch_the_global_generator() -> None:
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_round_trip_through_json(profile: str) -> None:
-    config = FoPEConfig.from_profile(profile, train_length=333, gain=0.7, padding="0,1", scaling="linear")
+    config = FoPEConfig.from_profile(profile, train_length=333, gain=0.7, pad_value="0,1", scaling="linear")
     again = FoPEConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config and not again.differences(config)
     assert hash(again) == hash(config)
@@ -68,8 +68,8 @@ def test_round_trip_through_json(profile: str) -> None:
 def test_differences_ignore_what_only_fresh_coefficients_need() -> None:
     config = FoPEConfig.from_profile(train_length=512)
     assert not config.differences(FoPEConfig.from_profile(train_length=512, gain=0.9, seed=7))
-    other = FoPEConfig.from_profile(train_length=256, padding="0,1")
-    assert config.differences(other) == {"train_length": (512, 256), "padding": ("1,1", "0,1")}
+    other = FoPEConfig.from_profile(train_length=256, pad_value="0,1")
+    assert config.differences(other) == {"train_length": (512, 256), "pad_value": ("1,1", "0,1")}
 
 
 YARN = {"scaling": "yarn", "scaling_factor": 4.0, "original_length": 128}
@@ -81,7 +81,7 @@ YARN = {"scaling": "yarn", "scaling_factor": 4.0, "original_length": 128}
         ({"gain": 0.0}, "--fope-gain is 0.0; allowed: greater than 0"),
         ({"train_length": 1}, "--fope-train-length is 1; allowed: at least 2 tokens"),
         ({"init": "ones"}, "--fope-init is 'ones'"),
-        ({"padding": "1,0"}, "--fope-padding is '1,0'; allowed: 1,1, 0,1"),
+        ({"pad_value": "1,0"}, "--fope-pad-value is '1,0'; allowed: 1,1, 0,1"),
         ({"scaling": "clex"}, "--fope-scaling is 'clex'"),
         ({"scaling": "yarn", "scaling_factor": 4.0}, "--fope-original-length is 0"),
         ({"scaling": "linear", "scaling_factor": 0.5}, "--fope-scaling-factor is 0.5"),

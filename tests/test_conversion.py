@@ -95,7 +95,7 @@ def test_starts(tmp_path: Path) -> None:
     convert(tmp_path / "rope", tmp_path / "clip", start="clip-only")
     clip = open_checkpoint(tmp_path / "clip", name="clip")
     assert torch.equal(clip.read_tensor(COEFFICIENT), torch.eye(3).expand(4, 2, 3, 3))
-    assert (clip.args.fope_padding, inspect(clip.folder).anneal) == ("0,1", None)
+    assert (clip.args.fope_pad_value, inspect(clip.folder).anneal) == ("0,1", None)
 
 
 def test_older_iterations_and_releases(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_writing_buffers_back_does_no_harm(
 
 
 def shared_layers(count: int = 4) -> list[FourierEmbedding]:
-    return [layer(n, profile="intern-s1-pro", implementation="triton") for n in range(1, count + 1)]
+    return [layer(n, profile="intern-s1-pro", backend="triton") for n in range(1, count + 1)]
 
 
 def capture(monkeypatch: pytest.MonkeyPatch, capturing: bool) -> None:

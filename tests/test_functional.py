@@ -32,7 +32,7 @@ def test_identity_coefficients_are_rope() -> None:
 
 @pytest.mark.parametrize("padding,factor", [("1,1", math.sqrt(2)), ("0,1", 1.0)])
 def test_padded_channels_do_not_depend_on_position(padding: str, factor: float) -> None:
-    config = FoPEConfig.from_profile(train_length=64, padding=padding)
+    config = FoPEConfig.from_profile(train_length=64, pad_value=padding)
     d_out, half = config.d_out(32), 16
     assert 0 < d_out < half
     x = torch.randn(1, 3, 32).expand(40, 3, 32)

@@ -68,7 +68,7 @@ def fope_config(case: Case) -> FoPEConfig:
         "separate_heads": c["separate_head"],
         "separate_basis": c["separate_basis"],
         "normalize": c["norm"],
-        "padding": f"{c['pad_sin']:g},{c['pad_cos']:g}",
+        "pad_value": f"{c['pad_sin']:g},{c['pad_cos']:g}",
         "floor_ratio": c["floor_ratio"],
         "attention_scaling": c["attention_scaling"],
         "strict_floor": c["keep_rule"] == ">",

@@ -154,7 +154,7 @@ def test_scaled_frequencies(kind: str, extra: dict, before: bool) -> None:
     [
         ({"train_length": 256}, "--fope-train-length is 256, but the model was trained"),
         ({"profile": "intern-s1-pro"}, "--fope-profile is 'intern-s1-pro'"),
-        ({"padding": "0,1"}, "--fope-padding is '0,1'"),
+        ({"pad_value": "0,1"}, "--fope-pad-value is '0,1'"),
         ({"scaling": "none"}, "--fope-scaling is 'none', but the model was trained with"),
         ({"separate_basis": False}, "--fope-separate-basis is False"),
     ],

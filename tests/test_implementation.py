@@ -35,19 +35,17 @@ def test_a_cpu_rotates_with_pytorch() -> None:
 def test_asking_for_triton_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for check in (backend.choose, backend.check_available):
-        with pytest.raises(
-            UserError, match=r"--fope-implementation is 'triton', but .*; allowed: auto, torch"
-        ):
+        with pytest.raises(UserError, match=r"--fope-backend is 'triton', but .*; allowed: auto, torch"):
             check("triton", CPU)
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(UserError, match="--fope-implementation is 'cuda'; allowed: auto, torch, triton"):
-        FoPEConfig.from_profile("paper", train_length=64, implementation="cuda")
+    with pytest.raises(UserError, match="--fope-backend is 'cuda'; allowed: auto, torch, triton"):
+        FoPEConfig.from_profile("paper", train_length=64, backend="cuda")
 
 
 def test_the_name_does_not_change_a_model() -> None:
-    a, b = (FoPEConfig.from_profile("paper", train_length=64, implementation=i) for i in ("auto", "torch"))
+    a, b = (FoPEConfig.from_profile("paper", train_length=64, backend=i) for i in ("auto", "torch"))
     assert not a.differences(b)
 
 
@@ -193,12 +191,12 @@ def test_every_model_is_compared_as_it_is(gpu) -> None:
 
     frozen, shared = layer(), layer(profile="intern-s1-pro")
     for dtype in (torch.bfloat16, torch.float32):
-        frozen.implementation(GPU, dtype, 6, 2, rows=64)
-        frozen.implementation(GPU, dtype, 6, 2, rows=128)
-    shared.implementation(GPU, torch.bfloat16, 6, 2, rows=64)
-    shared.implementation(GPU, torch.bfloat16, 6, 2, rows=1 << 24)
+        frozen.backend(GPU, dtype, 6, 2, rows=64)
+        frozen.backend(GPU, dtype, 6, 2, rows=128)
+    shared.backend(GPU, torch.bfloat16, 6, 2, rows=64)
+    shared.backend(GPU, torch.bfloat16, 6, 2, rows=1 << 24)
     annealed = layer(anneal_iters=2, separate_heads=False)
-    annealed.implementation(GPU, torch.bfloat16, 6, 2, rows=64)
+    annealed.backend(GPU, torch.bfloat16, 6, 2, rows=64)
     assert [(c.dtype, v) for c, v in compared[:2]] == [(torch.bfloat16, "fused"), (torch.float32, "fused")]
     assert [v for _, v in compared[2:4]] == ["tables", "fused"] and len(compared) == 5
     for module, (found, _) in zip(

@@ -93,7 +93,7 @@ AXES: dict[str, list[Case]] = {
         for s in (
             {"separate_heads": False},
             {"separate_basis": False},
-            {"padding": "0,1"},
+            {"pad_value": "0,1"},
             {"normalize": True},
             {"attention_scaling": 1.3},
             {"clip": False, "drop_clipped": False},
@@ -112,7 +112,7 @@ def mixed_cases() -> list[Case]:
         heads, kv_heads = draw.choice([(1, 1), (3, 3), (6, 2), (5, 1), (7, 7)])
         cp = draw.choice([(0, 1), (0, 1), (1, 2), (2, 4)])
         settings = draw.choice(
-            [{}, {"padding": "0,1"}, {"separate_heads": False}, {"separate_basis": False}, square(9)]
+            [{}, {"pad_value": "0,1"}, {"separate_heads": False}, {"separate_basis": False}, square(9)]
         )
         cases.append(
             Case(

@@ -238,7 +238,7 @@ def test_tables_of_changed_tensors_are_made_again(cache: tables.TableCache, buil
     assert len(built) == 2 and not torch.equal(before, after)
     inputs.basis[0].mul_(2)
     ops.rotate_triton(*arguments(inputs), variant="tables")
-    other = Inputs(Case(**SMALL, learning=False, settings={"padding": "0,1"}))
+    other = Inputs(Case(**SMALL, learning=False, settings={"pad_value": "0,1"}))
     other.basis, other.coefficients = inputs.basis, inputs.coefficients
     ops.rotate_triton(*arguments(other), variant="tables")
     assert len(built) == 4

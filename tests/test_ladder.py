@@ -127,7 +127,7 @@ def test_later_stages_of_other_starts(way: str, schedule: Path) -> None:
     first, second = plan(read_schedule(schedule))
     assert value(first.argv, "--fope-start-from-rope") == way
     assert second.args.fope_square == (way == "clip-only")
-    assert second.args.fope_padding == ("0,1" if way == "clip-only" else "1,1")
+    assert second.args.fope_pad_value == ("0,1" if way == "clip-only" else "1,1")
     assert second.args.fope_anneal_iters == 0 and "--fope-grow" in second.argv
 
 
@@ -202,7 +202,10 @@ REFUSED = {
         ],
         "stage 1: --rotary-base is 50000, but the checkpoint in {folder}/base was trained with 10000; --fope",
     ),
-    "other FoPE": ("lr = 5e-4 -> lr = 5e-4\nfope-padding = '0,1'", "stage 2: --fope-padding is '0,1', but"),
+    "other FoPE": (
+        "lr = 5e-4 -> lr = 5e-4\nfope-pad-value = '0,1'",
+        "stage 2: --fope-pad-value is '0,1', but",
+    ),
     "folder": (
         ['/ladder" -> "', "seq-length = 128 -> seq-length = 128\nname = 'base'"],
         "stage 1: name is 'base': its folder {folder}/base is what the ladder starts from",

@@ -16,7 +16,7 @@ CASES = {
     "shared by heads": {"separate_heads": False},
     "shared basis": {"separate_basis": False},
     "no padding": {"clip": False, "drop_clipped": False},
-    "identity padding": {"padding": "0,1"},
+    "identity padding": {"pad_value": "0,1"},
     "normalized": {"normalize": True},
     "temperature": {"attention_scaling": 1.3},
     "intern-s1-pro": {"profile": "intern-s1-pro", "kv_heads": 2},

@@ -120,7 +120,7 @@ def test_settings_reach_tensorboard(one_rank: Run, trainer: Trainer) -> None:
     events = accumulator.EventAccumulator(str(trainer.folder / "tensorboard"))
     events.Reload()
     texts = set(events.Tags()["tensors"])
-    for name in ("fope_profile", "fope_kept_frequencies", "fope_clipped_frequencies", "fope_implementation"):
+    for name in ("fope_profile", "fope_kept_frequencies", "fope_clipped_frequencies", "fope_backend"):
         assert f"{name}/text_summary" in texts
     assert "lm loss" in events.Tags()["scalars"]
 
@@ -185,10 +185,10 @@ def test_use_checkpoint_args_restores_fope(trainer: Trainer, one_rank: Run) -> N
 
 def test_other_settings_than_the_checkpoints_are_refused(trainer: Trainer, one_rank: Run) -> None:
     run = trainer.run(
-        "refused", *FOPE, "--fope-padding", "0,1", "--load", str(one_rank.folder), check=False
+        "refused", *FOPE, "--fope-pad-value", "0,1", "--load", str(one_rank.folder), check=False
     )  # fmt: skip
     (line,) = [line for line in run.log.splitlines() if line.startswith("megatron-fope: error: ")]
-    assert "--fope-padding is '0,1'" in line and "'1,1'" in line and not run.losses
+    assert "--fope-pad-value is '0,1'" in line and "'1,1'" in line and not run.losses
     assert not (run.folder / "latest_checkpointed_iteration.txt").exists()
 
 

@@ -12,9 +12,9 @@ from megatron_fope.common.command_line import number, one_line_errors, whole
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.log import announce
 from megatron_fope.formula.config import (
+    BACKENDS,
     GROWTHS,
-    IMPLEMENTATIONS,
-    PADDINGS,
+    PAD_VALUES,
     PROFILES,
     SCALINGS,
     FoPEConfig,
@@ -39,7 +39,7 @@ GROW = "--fope-grow"
 CHANGE_BASE = "--fope-change-rotary-base"
 """Goes with both: accepts another base than the checkpoint's."""
 
-_CLIP_ONLY = {"init": "identity", "square": True, "padding": "0,1"}
+_CLIP_ONLY = {"init": "identity", "square": True, "pad_value": "0,1"}
 """Defaults under the start clip-only: every kept frequency in its channels, the others as if it were zero."""
 
 FIELDS = [field for field in dataclasses.fields(FoPEConfig) if field.name != "rotary_base"]
@@ -73,8 +73,8 @@ _HELP: dict[str, str] = {
     "shared_layers": "One pair of coefficient matrices for all layers.",
     "normalize": "Divide every series by the sum of its coefficients.",
     "learnable": "Train the coefficients.",
-    "padding": "sin,cos of channel pairs without a series: '1,1' as in every published implementation, '0,1' "
-    "leaves them unrotated.",
+    "pad_value": "sin,cos of channel pairs without a series: '1,1' as in every published implementation, "
+    "'0,1' leaves them unrotated.",
     "scaling": "Length extension of the frequencies: position interpolation (pi: original/train length; "
     "linear: 1/factor), yarn or llama3.",
     "scaling_factor": "Length ratio for linear, yarn and llama3, >= 1.",
@@ -84,7 +84,7 @@ _HELP: dict[str, str] = {
     "yarn_beta_slow": "Cycles below which YaRN fully interpolates a frequency.",
     "yarn_extrapolation_factor": "Weight of YaRN's unscaled part.",
     "attention_scaling": "Factor on sin and cos (YaRN's temperature is 0.1 ln(factor) + 1).",
-    "implementation": "What rotates queries and keys: 'torch', 'triton' (NVIDIA GPUs), or 'auto', which is "
+    "backend": "What rotates queries and keys: 'torch', 'triton' (NVIDIA GPUs), or 'auto', which is "
     "Triton on a GPU where a first comparison with PyTorch agrees.",
     "exact_angles": "Angles in float64: more exact beyond 8k tokens, but unlike every published engine.",
 }
@@ -92,9 +92,9 @@ _CHOICES = {
     "profile": tuple(PROFILES),
     "init": INITIALIZATIONS,
     "growth": GROWTHS,
-    "padding": tuple(PADDINGS),
+    "pad_value": tuple(PAD_VALUES),
     "scaling": SCALINGS,
-    "implementation": IMPLEMENTATIONS,
+    "backend": BACKENDS,
 }
 
 
@@ -134,8 +134,8 @@ def add_fope_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "fresh, everything else comes from it. 'immediate' (also without a word): FoPE at once, as the paper "
         "does. 'function-preserving': the first forward pass is the RoPE model's, and FoPE comes in over "
         "--fope-anneal-iters. 'clip-only': RoPE without the frequencies below the floor, no mixing (defaults "
-        "--fope-init identity, --fope-square, --fope-padding 0,1). Without effect on FoPE checkpoints, so a "
-        "job that restarts may keep it. Learnable coefficients need --no-load-optim or --finetune too.",
+        "--fope-init identity, --fope-square, --fope-pad-value 0,1). Without effect on FoPE checkpoints, so "
+        "a job that restarts may keep it. Learnable coefficients need --no-load-optim or --finetune too.",
     )
     group.add_argument(
         GROW,
@@ -238,7 +238,7 @@ def resolve_fope_arguments(args: Any, config: FoPEConfig | None = None) -> None:
     args.fope_kept_frequencies = config.d_in(head_dim)
     args.fope_clipped_frequencies = config.num_clipped(head_dim)
     args.fope_series = config.d_out(head_dim)
-    check_available(config.implementation)
+    check_available(config.backend)
 
 
 def given_flags(argv: list[str] | None = None) -> set[str]:

@@ -39,7 +39,7 @@ XTuner, vLLM, SGLang and LMDeploy. Both assign coefficients to KV heads, which f
 the query heads.
 """
 
-PADDINGS = {"1,1": (1.0, 1.0), "0,1": (0.0, 1.0)}
+PAD_VALUES = {"1,1": (1.0, 1.0), "0,1": (0.0, 1.0)}
 """(sin, cos) of channel pairs without a series, by the flag's spelling."""
 
 SCALINGS = ("none", "pi", "linear", "yarn", "llama3")
@@ -52,7 +52,7 @@ _WIDEST = 65536
 
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
 
-IMPLEMENTATIONS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton")
 """What rotates queries and keys; see :func:`megatron_fope.kernels.backend.choose`."""
 
 
@@ -110,8 +110,8 @@ class FoPEConfig:
     """Iterations from the RoPE model to this one (:mod:`megatron_fope.layers.anneal`); 0: FoPE at once."""
     learnable: bool = False
     """Train the coefficients. The paper and all published models keep them frozen."""
-    padding: str = "1,1"
-    """(sin, cos) of channel pairs without a series; one of :data:`PADDINGS`."""
+    pad_value: str = "1,1"
+    """(sin, cos) of channel pairs without a series; one of :data:`PAD_VALUES`."""
     scaling: str = "none"
     """Length extension of the frequencies; one of :data:`SCALINGS`."""
     scaling_factor: float = 1.0
@@ -126,12 +126,12 @@ class FoPEConfig:
     exact_angles: bool = False
     """Angles in float64. More exact beyond 8k positions, but differs from every published engine."""
 
-    implementation: str = "auto"
-    """One of :data:`IMPLEMENTATIONS`; the numbers are the same to rounding."""
+    backend: str = "auto"
+    """One of :data:`BACKENDS`; the numbers are the same to rounding."""
 
     FRESH_ONLY: ClassVar[frozenset[str]] = frozenset({"profile", "seed", "gain", "init", "growth"})
     """Fields that only decide what new coefficients are; a checkpoint brings its own."""
-    RUN_ONLY: ClassVar[frozenset[str]] = frozenset({"implementation"})
+    RUN_ONLY: ClassVar[frozenset[str]] = frozenset({"backend"})
     """Fields that belong to a run and not to the model; a checkpoint's are not looked at."""
 
     @classmethod
@@ -174,7 +174,7 @@ class FoPEConfig:
     @property
     def pad(self) -> tuple[float, float]:
         """(sin, cos) of channel pairs without a series."""
-        return PADDINGS[self.padding]
+        return PAD_VALUES[self.pad_value]
 
     # Geometry -------------------------------------------------------------------------------------
 
@@ -364,14 +364,14 @@ class FoPEConfig:
             ", ".join(functional.INITIALIZATIONS),
         )
         require(
-            self.implementation in IMPLEMENTATIONS,
-            "--fope-implementation",
-            self.implementation,
-            ", ".join(IMPLEMENTATIONS),
+            self.backend in BACKENDS,
+            "--fope-backend",
+            self.backend,
+            ", ".join(BACKENDS),
         )
         require(self.anneal_iters >= 0, "--fope-anneal-iters", self.anneal_iters, "0 or more")
         require(self.growth in GROWTHS, "--fope-growth", self.growth, ", ".join(GROWTHS))
-        require(self.padding in PADDINGS, "--fope-padding", self.padding, ", ".join(PADDINGS))
+        require(self.pad_value in PAD_VALUES, "--fope-pad-value", self.pad_value, ", ".join(PAD_VALUES))
         require(self.scaling in SCALINGS, "--fope-scaling", self.scaling, ", ".join(SCALINGS))
         require(0 <= self.seed < 2**63, "--fope-seed", self.seed, "0 to 2^63 - 1")
         require(

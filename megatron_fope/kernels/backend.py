@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Implementation:
+class Backend:
     """A way to rotate, and why it was taken."""
 
     name: str
@@ -65,14 +65,14 @@ class Case(NamedTuple):
         return cls(config, torch.bfloat16, 4, 2, 64, 2, config.d_in(64), config.d_out(64))
 
 
-_compared: dict[tuple[torch.device, Case, str], Implementation] = {}
+_compared: dict[tuple[torch.device, Case, str], Backend] = {}
 
 
-def choose(wanted: str, device: torch.device, case: Case | None = None, rows: int = 1) -> Implementation:
+def choose(wanted: str, device: torch.device, case: Case | None = None, rows: int = 1) -> Backend:
     """The implementation that rotates tensors on a device.
 
     Args:
-        wanted: one of :data:`megatron_fope.formula.config.IMPLEMENTATIONS`. "auto" takes the Triton
+        wanted: one of :data:`megatron_fope.formula.config.BACKENDS`. "auto" takes the Triton
             kernels on a GPU on which they pass a comparison with PyTorch, once per case and process, and
             PyTorch elsewhere.
         device: where queries and keys are.
@@ -84,18 +84,16 @@ def choose(wanted: str, device: torch.device, case: Case | None = None, rows: in
     """
     if wanted == "triton":
         check_available(wanted, device)
-        return Implementation("triton", "asked for", _triton())
+        return Backend("triton", "asked for", _triton())
     if wanted == "torch" or device.type != "cuda":
         reason = "asked for" if wanted == "torch" else f"on the {device.type.upper()}"
-        return Implementation("torch", reason, torch_rotary.rotate)
+        return Backend("torch", reason, torch_rotary.rotate)
     case = case or Case.small()
     key = (device, case, _variant(case, rows))
     if key not in _compared:
         chosen = _compare(*key)
         if chosen is None:
-            return Implementation(
-                "torch", "a CUDA graph is captured before the first step", torch_rotary.rotate
-            )
+            return Backend("torch", "a CUDA graph is captured before the first step", torch_rotary.rotate)
         _compared[key] = chosen
     return _compared[key]
 
@@ -106,7 +104,7 @@ def _variant(case: Case, rows: int) -> str:
     return choose_variant(case.config, rows, case.coefficient_heads, case.d_in, case.d_out)
 
 
-def _compare(device: torch.device, case: Case, variant: str) -> Implementation | None:
+def _compare(device: torch.device, case: Case, variant: str) -> Backend | None:
     """Triton's kernels if they run and agree with PyTorch; None: not possible now."""
     why_not = kernels.available(device)
     if why_not is None:
@@ -114,9 +112,9 @@ def _compare(device: torch.device, case: Case, variant: str) -> Implementation |
             return None
         why_not = torch.compiler.disable(_self_check)(_triton(), device, case, variant)
     if why_not is None:
-        return Implementation("triton", "they agree with PyTorch on this GPU", _triton())
+        return Backend("triton", "they agree with PyTorch on this GPU", _triton())
     logger.warning("FoPE rotates with PyTorch instead of its Triton kernels: %s", why_not)
-    return Implementation("torch", why_not, torch_rotary.rotate)
+    return Backend("torch", why_not, torch_rotary.rotate)
 
 
 def _triton() -> Callable[..., tuple[Tensor, Tensor]]:
@@ -129,14 +127,14 @@ def check_available(wanted: str, device: torch.device | None = None) -> None:
     """Refuse what was asked for and cannot run, before anything is built.
 
     Args:
-        wanted: one of :data:`megatron_fope.formula.config.IMPLEMENTATIONS`.
+        wanted: one of :data:`megatron_fope.formula.config.BACKENDS`.
         device: where it shall run; None: :func:`current_device`.
 
     Raises:
         UserError: "triton" was asked for and cannot run.
     """
     if wanted == "triton" and (why_not := kernels.available(device or current_device())):
-        raise UserError(f"--fope-implementation is 'triton', but {why_not}; allowed: auto, torch")
+        raise UserError(f"--fope-backend is 'triton', but {why_not}; allowed: auto, torch")
 
 
 def current_device() -> torch.device:

@@ -150,7 +150,7 @@ class Interpolation(KeepsPrecision):
             train_length=fope.train_length,
             shared_layers=False,
             learnable=fope.learnable,
-            implementation=fope.implementation,
+            backend=fope.backend,
         )
         """What the interpolated coefficients mean: nothing left to fold in, no pair without a series."""
 

@@ -19,7 +19,7 @@ from megatron_fope.common.errors import UserError
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig
 from megatron_fope.formula.growth import grow_coefficients
-from megatron_fope.kernels.backend import Case, Implementation, choose
+from megatron_fope.kernels.backend import Backend, Case, choose
 from megatron_fope.kernels.sharing import forget, representative
 from megatron_fope.layers.anneal import Interpolation
 from megatron_fope.layers.positions import local_positions
@@ -147,9 +147,9 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         start = self.tp_group.rank() * self.num_kv_heads // tp_size
         return {name: value[start : start + heads_per_rank] for name, value in local.items()}
 
-    def implementation(
+    def backend(
         self, device: torch.device, dtype: torch.dtype, heads: int, groups: int, rows: int
-    ) -> Implementation:
+    ) -> Backend:
         """What rotates queries and keys.
 
         Args:
@@ -173,7 +173,7 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
             d_in=d_in,
             d_out=d_out,
         )
-        return choose(self.fope.implementation, device, case, rows)
+        return choose(self.fope.backend, device, case, rows)
 
     def leave(self, query: Tensor) -> Tensor:
         """``query`` as it is, of a layer that does not rotate.
@@ -235,7 +235,7 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         if between is not None and not between.active:
             between = None
         sin_basis, cos_basis = self._basis(query, position_ids, *layout, between)
-        chosen = self.implementation(query.device, query.dtype, query.size(2), key.size(2), query.size(0))
+        chosen = self.backend(query.device, query.dtype, query.size(2), key.size(2), query.size(0))
         if between is None:
             coefficients = self.coefficients(shared=chosen.keeps_tables)
             return chosen.rotate(query, key, sin_basis, cos_basis, coefficients, self.fope)

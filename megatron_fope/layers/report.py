@@ -11,7 +11,7 @@ import torch
 from megatron_fope.formula.config import FoPEConfig
 
 if TYPE_CHECKING:
-    from megatron_fope.kernels.backend import Implementation
+    from megatron_fope.kernels.backend import Backend
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LayerReport:
         return (
             f"profile {fope.profile}, train length {fope.train_length} tokens, {self.d_in} frequencies in "
             f"the basis ({self.num_clipped} clipped), {self.d_out} of {self.num_pairs} channel pairs with a "
-            f"series (the others sin,cos = {fope.padding}), {scaling}gain {fope.gain:g}, "
+            f"series (the others sin,cos = {fope.pad_value}), {scaling}gain {fope.gain:g}, "
             f"{'learnable' if fope.learnable else 'frozen'} coefficients"
         )
 
@@ -102,18 +102,18 @@ def describe(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerRe
                     num_pairs=head_dim // 2,
                     num_clipped=embedding.fope.num_clipped(head_dim),
                     rotates=module.fope_rotates,
-                    path=str(_implementation(module)),
+                    path=str(_backend(module)),
                 )
             )
     return reports
 
 
-def _implementation(attention: Any) -> Implementation:
+def _backend(attention: Any) -> Backend:
     """What will rotate a layer's queries and keys."""
     from megatron_fope.kernels.backend import current_device
 
     embedding, ranks = attention.fope, attention.pg_collection.tp.size()
-    return embedding.implementation(
+    return embedding.backend(
         current_device(),
         attention.config.params_dtype,
         heads=attention.config.num_attention_heads // ranks,

@@ -32,7 +32,7 @@ _PACKAGES = {
         "apex",
         "optional, from github.com/NVIDIA/apex; the apex on PyPI is another project",
     ),
-    "triton": ("triton", "comes with PyTorch for CUDA; needed for --fope-implementation triton"),
+    "triton": ("triton", "comes with PyTorch for CUDA; needed for --fope-backend triton"),
     "flash-attn": ("flash_attn", "optional"),
     "mamba-ssm": ("mamba_ssm", "optional, for Mamba layers of hybrid models"),
     "deepspeed": ("deepspeed", "optional"),

@@ -67,7 +67,7 @@ def local(start: Path) -> list[float]:
 @needs_gpu
 def test_triton_and_torch_train_alike(start: Path, local: list[float]) -> None:
     assert local[-1] < local[0]
-    other = continued(start, "--transformer-impl", "local", "--fope-implementation", "torch")
+    other = continued(start, "--transformer-impl", "local", "--fope-backend", "torch")
     assert distance(other, local) < 2e-3
 
 

@@ -365,8 +365,8 @@ def fope_is_resolved_to_plain_values() -> None:
             FoPEConfig.from_profile("intern-s1-pro", train_length=32, rotary_base=5000.0),
         ),
         (
-            ["--fope-gain", "0.4", "--no-fope-clip", "--fope-learnable", "--fope-padding", "0,1"],
-            FoPEConfig.from_profile(train_length=64, gain=0.4, clip=False, learnable=True, padding="0,1"),
+            ["--fope-gain", "0.4", "--no-fope-clip", "--fope-learnable", "--fope-pad-value", "0,1"],
+            FoPEConfig.from_profile(train_length=64, gain=0.4, clip=False, learnable=True, pad_value="0,1"),
         ),
     ]:
         args = start([*FOPE, *flags])
@@ -381,10 +381,10 @@ def fope_is_resolved_to_plain_values() -> None:
             "series": config.d_out(16),
             "grow": None,
             "change_rotary_base": None,
-            "implementation": values["implementation"],
+            "backend": values["backend"],
             "start_from_rope": None,
         }
-        assert values["implementation"] and float(args.rotary_base) == base
+        assert values["backend"] and float(args.rotary_base) == base
         assert fope_config_from_args(args) == config
     # Megatron's own arguments are those of RoPE, apart from the type and the base of the last command line.
     differing = {n for n, v in plain(args).items() if v != plain(without_flags)[n]}
@@ -554,7 +554,7 @@ def every_flag_reaches_its_setting() -> None:
         "shared_layers": False,
         "normalize": True,
         "learnable": True,
-        "padding": "0,1",
+        "pad_value": "0,1",
         "scaling": "yarn",
         "scaling_factor": 4.0,
         "original_length": 16,
@@ -564,7 +564,7 @@ def every_flag_reaches_its_setting() -> None:
         "yarn_extrapolation_factor": 0.5,
         "attention_scaling": 1.1,
         "exact_angles": True,
-        "implementation": "torch",
+        "backend": "torch",
     }
     default = FoPEConfig.from_profile("intern-s1-pro", train_length=64).to_dict()
     assert given.keys() == default.keys() - {"rotary_base"}
@@ -593,7 +593,7 @@ def checkpoint_arguments_are_restored() -> None:
     flags = (
         "--fope-profile intern-s1-pro --fope-train-length 48 --fope-gain 0.4 --fope-seed 9 --rotary-base 5000"
     )
-    stored = start([*FOPE, *flags.split(), "--fope-padding", "0,1", "--no-fope-shared-layers"])
+    stored = start([*FOPE, *flags.split(), "--fope-pad-value", "0,1", "--no-fope-shared-layers"])
     with tempfile.TemporaryDirectory() as name:
         for form in ("torch", "torch_dist"):
             folder = Path(name) / form

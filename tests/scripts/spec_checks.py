@@ -46,7 +46,7 @@ def check_with_fope_refuses_what_it_cannot_convert() -> None:
         "OwnAttention": lambda: with_fope([get_gpt_layer_local_spec(), own], fope_config()),
         "no self-attention": lambda: with_fope(get_gpt_layer_local_spec().submodules.mlp, fope_config()),
         "other settings": lambda: with_fope(
-            with_fope(get_gpt_layer_local_spec(), fope_config()), fope_config(padding="0,1")
+            with_fope(get_gpt_layer_local_spec(), fope_config()), fope_config(pad_value="0,1")
         ),
     }
     for text, case in cases.items():

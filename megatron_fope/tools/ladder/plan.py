@@ -47,7 +47,7 @@ from megatron_fope.tools.ladder.schedule import OWNED, Schedule, Stage
 _NO_MASK = "no-create-attention-mask-in-dataloader"
 """A mask takes length x length bytes of every sample, and no attention for long sequences reads it."""
 
-_CLIP_ONLY = ("init", "square", "padding")
+_CLIP_ONLY = ("init", "square", "pad_value")
 """Settings that the start clip-only implies; later stages have no such start and must name them."""
 
 _COMPARED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_experts", "swiglu", "normalization")
@@ -280,7 +280,7 @@ def _check(args: Any, source: Source) -> None:
         )
     check_start_flags(args)
     _check_source(args, source)
-    resolve_fope_arguments(args, dataclasses.replace(fope_config_from_args(args), implementation="auto"))
+    resolve_fope_arguments(args, dataclasses.replace(fope_config_from_args(args), backend="auto"))
 
 
 def _check_source(args: Any, source: Source) -> None:
@@ -290,7 +290,7 @@ def _check_source(args: Any, source: Source) -> None:
         known = {**vars(args), "seq_length": stored.seq_length, "fope_train_length": stored.seq_length}
         stored = argparse.Namespace(**{**known, "rotary_base": stored.rotary_base})
     filled = copy.copy(args)
-    resolve_fope_arguments(filled, dataclasses.replace(fope_config_from_args(args), implementation="auto"))
+    resolve_fope_arguments(filled, dataclasses.replace(fope_config_from_args(args), backend="auto"))
     release = source.iteration == "release"
     iteration = 0 if release else int(source.iteration)
     check_against_checkpoint(filled, stored, source.where, iteration=iteration, release=release)

@@ -167,7 +167,7 @@ def read_model(args: Any) -> Model:
     kind = args.position_embedding_type
     fope = None
     if kind == FOPE:
-        fope = dataclasses.replace(fope_config_from_args(args), implementation="auto")
+        fope = dataclasses.replace(fope_config_from_args(args), backend="auto")
     return Model(
         moe=_moe_layers(args) if experts else (False,) * args.num_layers,
         hidden=hidden,
