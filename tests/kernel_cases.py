@@ -10,7 +10,6 @@ from torch import Tensor
 
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig
-from megatron_fope.layers.positions import sequence_positions
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -31,14 +30,11 @@ class Case:
     ``plain``: contiguous; ``batch_first``: transposed."""
     variant: str = "fused"
     learning: bool = True
-    cp: tuple[int, int] = (0, 1)
-    offset: int = 0
-    positions: tuple[int, ...] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         base = Case()
-        changed = {k: v for k, v in vars(self).items() if v != getattr(base, k) and k != "positions"}
+        changed = {k: v for k, v in vars(self).items() if v != getattr(base, k)}
         return ", ".join(f"{k}={v}" for k, v in changed.items()).replace("torch.", "") or "base"
 
 
@@ -58,19 +54,8 @@ class Inputs:
         self.upstream = tuple(random(*x.shape) for x in (self.query, self.key))
         coefficients = self.config.make_coefficients(case.kv_heads, case.head_dim, layer=1)
         self.coefficients = {name: value.to(DEVICE) for name, value in coefficients.items()}
-        self.arguments: dict[str, Any] = {}
-        rows = torch.arange(case.tokens)
-        if case.positions is not None:
-            rows = torch.tensor(case.positions)
-            self.arguments["positions"] = rows.int().to(DEVICE)
-        elif case.cp != (0, 1) or case.offset:
-            rank, size = case.cp
-            rows = sequence_positions(case.tokens, cp_rank=rank, cp_size=size, offset=case.offset)
-            self.arguments = {"cp_rank": rank, "cp_size": size, "offset": case.offset}
-        self.rows = rows.to(DEVICE)
         inv_freq = self.config.inv_freq(case.head_dim).to(DEVICE)
-        num_rows = int(rows.max()) + 1 if rows.numel() else 1
-        self.basis = functional.fourier_basis(torch.arange(num_rows, device=DEVICE), inv_freq)
+        self.basis = functional.fourier_basis(torch.arange(case.tokens, device=DEVICE), inv_freq)
 
     def leaves(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Query, key and coefficients that want gradients (the coefficients if they learn)."""
@@ -103,7 +88,7 @@ def formula(inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     leaves += coefficients.values() if inputs.case.learning else ()
     leaves = [x.detach().requires_grad_() for x in leaves]
     coefficients |= zip(coefficients, leaves[2:], strict=False)
-    basis = (b[inputs.rows].to(dtype) for b in inputs.basis)
+    basis = (b.to(dtype) for b in inputs.basis)
     tables = inputs.config.mix(*basis, coefficients, inputs.case.head_dim)
     sin, cos = (table.unsqueeze(1) for table in tables)
     results = [functional.apply_fourier_rotary(x, sin, cos) for x in leaves[:2]]

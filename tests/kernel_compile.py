@@ -24,7 +24,7 @@ from triton.runtime.jit import KernelInterface
 from megatron_fope.kernels import launch, triton_rotary
 from megatron_fope.kernels.launch import Call
 
-KERNELS = (triton_rotary.rotate_kernel, triton_rotary.rotate_and_sum_kernel)
+KERNEL = triton_rotary.rotate_kernel
 
 
 class Driver:
@@ -54,10 +54,7 @@ def compile_case(case: Case, capability: int = 90) -> tuple[Any, Any]:
     KernelInterface.__getitem__ = warm
     inputs = Inputs(case)
     sin_coef, cos_coef = inputs.config.effective_coefficients(inputs.coefficients)
-    rank, size = case.cp
-    positions = inputs.arguments.get("positions")
-    settings = (positions, rank, size, case.offset, *inputs.config.pad, case.variant, False)
-    call = Call(*inputs.basis, sin_coef, cos_coef, *settings)
+    call = Call(*inputs.basis, sin_coef, cos_coef, *inputs.config.pad, case.variant, False)
     launch.forward(inputs.query, inputs.key, call)
     saved = (inputs.query, inputs.key) if case.learning else (None, None)
     launch.backward(*inputs.upstream, *saved, call)
@@ -95,7 +92,7 @@ def _dump(file: str, option: str) -> str:
 
 def num_compiled() -> int:
     """Kernels compiled so far, over all devices."""
-    return sum(len(entry[0]) for kernel in KERNELS for entry in kernel.device_caches.values())
+    return sum(len(entry[0]) for entry in KERNEL.device_caches.values())
 
 
 def resources() -> dict[str, Any]:
@@ -122,14 +119,11 @@ def resources() -> dict[str, Any]:
 
 
 def counts() -> dict[str, int]:
-    """How many kernels are compiled for batches of all sizes, positions and layouts of one model."""
+    """How many kernels are compiled for batches of all sizes of one model."""
     base = {"heads": 2, "kv_heads": 1, "variant": "tables"}
     axes = {
         "tokens": [Case(**base, tokens=n) for n in (1, 2, 7, 16, 33, 64, 257, 4096)],
         "batch": [Case(**base, tokens=5, batch=n) for n in (1, 2, 3, 16)],
-        "offset": [Case(**base, tokens=4, offset=n) for n in (1, 16, 17)],
-        "cp": [Case(**base, tokens=32, cp=(rank, 4)) for rank in range(4)],
-        "positions": [Case(**base, tokens=n, positions=tuple(range(n))) for n in (1, 16, 19)],
     }
     found = {}
     for name, cases in axes.items():

@@ -82,7 +82,7 @@ def test_writing_buffers_back_does_no_harm(
     name: str, path: str, packed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(anneal, "_progress", anneal._Progress(start=0, completed=1))
-    module = layer(implementation=path, **SETTINGS[name])
+    module = layer(backend=path, **SETTINGS[name])
     expected = gradients(module, written=False, packed=packed)
     for _ in range(2):
         for a, b in zip(gradients(module, written=True, packed=packed), expected, strict=True):

@@ -13,16 +13,16 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_fope import kernels
 from megatron_fope.formula import functional
-from megatron_fope.layers.positions import packed_positions
 
 
-def run(inputs: Inputs, **changes: object) -> list[Tensor]:
+def run(inputs: Inputs) -> list[Tensor]:
     """Results, then gradients for the case's random upstream gradients."""
     from megatron_fope.kernels.ops import rotate_triton
 
     query, key, coefficients = inputs.leaves()
-    arguments = {"variant": inputs.case.variant} | inputs.arguments | changes
-    results = rotate_triton(query, key, *inputs.basis, coefficients, inputs.config, **arguments)
+    results = rotate_triton(
+        query, key, *inputs.basis, coefficients, inputs.config, variant=inputs.case.variant
+    )
     leaves = [query, key, *(coefficients.values() if inputs.case.learning else ())]
     grads = torch.autograd.grad(results, leaves, inputs.upstream)
     return [*(r.detach() for r in results), *grads]
@@ -33,8 +33,6 @@ def square(pairs: int, **others: object) -> dict[str, object]:
     return {"num_inv_freq": pairs, "square": True} | others
 
 
-# One document each from 0; lengths odd, one token, and tokens behind the last document.
-PACKED = tuple(packed_positions(211, torch.tensor([0, 40, 55, 71, 72, 75, 127, 143, 145, 195, 211])).tolist())
 MORE_TOKENS = (1000, 2048, 8192) if GPU else ()
 
 AXES: dict[str, list[Case]] = {
@@ -75,19 +73,6 @@ AXES: dict[str, list[Case]] = {
         for x in ("plain", "views", "batch_first")
         for learning in (False, True)
     ],
-    "cp": [
-        Case(cp=(rank, size), tokens=14, heads=2, kv_heads=1) for size in (1, 2, 4) for rank in range(size)
-    ],
-    "offset": [
-        Case(offset=o, cp=cp, tokens=6, batch=1, learning=learning)
-        for o, cp in ((1, (0, 1)), (100, (0, 1)), (16, (1, 2)))
-        for learning in (False, True)
-    ],
-    "positions": [
-        Case(positions=PACKED, tokens=211, batch=1, heads=2, kv_heads=1, variant=v)
-        for v in ("tables", "fused")
-    ]
-    + [Case(positions=(500, 3, 3, 77), tokens=4, batch=1)],
     "settings": [
         Case(tokens=17, batch=1, settings=s, variant=v)
         for s in (
@@ -110,7 +95,6 @@ def mixed_cases() -> list[Case]:
     cases = []
     for _ in range(20):
         heads, kv_heads = draw.choice([(1, 1), (3, 3), (6, 2), (5, 1), (7, 7)])
-        cp = draw.choice([(0, 1), (0, 1), (1, 2), (2, 4)])
         settings = draw.choice(
             [{}, {"pad_value": "0,1"}, {"separate_heads": False}, {"separate_basis": False}, square(9)]
         )
@@ -125,8 +109,6 @@ def mixed_cases() -> list[Case]:
                 layout=draw.choice(["split", "views", "plain", "batch_first"]),
                 variant=draw.choice(["tables", "fused"]),
                 learning=draw.choice([True, False]),
-                cp=cp,
-                offset=draw.choice([0, 0, 5]),
                 settings=settings,
             )
         )
@@ -177,26 +159,6 @@ def test_two_runs_are_identical(variant: str, learning: bool) -> None:
     inputs = Inputs(Case(variant=variant, learning=learning, tokens=4000 if GPU else 40))
     for a, b in zip(run(inputs), run(inputs), strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("variant", ["tables", "fused"])
-def test_every_way_to_name_rows_is_the_same(variant: str) -> None:
-    """Rows in order, an offset, and an index, int32 or int64, give the same bits."""
-    inputs = Inputs(Case(variant=variant, tokens=10, batch=1, heads=2, kv_heads=1, offset=20))
-    basis = tuple(b[20:30].contiguous() for b in inputs.basis)
-    index = inputs.rows
-    whole = run(inputs)
-    aligned = Inputs(Case(variant=variant, tokens=10, batch=1, heads=2, kv_heads=1, offset=20))
-    aligned.basis, aligned.arguments = basis, {}
-    by_index = Inputs(Case(variant=variant, tokens=10, batch=1, heads=2, kv_heads=1, offset=20))
-    for other, arguments in (
-        (aligned, {}),
-        (by_index, {"positions": index.int()}),
-        (by_index, {"positions": index.long()}),
-    ):
-        other.arguments = arguments
-        for a, b in zip(whole, run(other), strict=True):
-            assert torch.equal(a, b)
 
 
 def test_half_of_the_batch_per_program_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,35 +232,6 @@ def test_what_autograd_keeps() -> None:
             rotate_triton(query, key, *inputs.basis, coefficients, inputs.config, variant="tables")
         expected = [*inputs.basis, *coefficients.values(), *((query, key) if learning else ())]
         assert sum(kept) == sum(t.numel() for t in expected)
-
-
-@pytest.mark.parametrize("variant", ["tables", "fused"])
-def test_in_place(variant: str) -> None:
-    from megatron_fope.kernels.ops import rotate_triton
-
-    for layout in ("plain", "views"):
-        inputs = Inputs(Case(variant=variant, layout=layout, learning=False, tokens=9))
-        expected = run(inputs)[:2]
-        arguments = (inputs.query, inputs.key, *inputs.basis, inputs.coefficients, inputs.config)
-        version = inputs.query._version
-        with torch.no_grad():
-            results = rotate_triton(*arguments, variant=variant, inplace=True)
-        for a, b, x in zip(results, expected, (inputs.query, inputs.key), strict=True):
-            assert a is x and torch.equal(a, b)
-        assert inputs.query._version > version  # autograd notices if it had saved the tensor
-
-
-def test_a_row_that_does_not_exist_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU does instead of reading memory that is not the basis."""
-    from megatron_fope.kernels import ops
-
-    monkeypatch.setattr(ops, "check_positions", lambda positions, rows: None)
-    for variant in ("tables", "fused"):
-        inputs = Inputs(Case(variant=variant, positions=(3, 1, 2), tokens=3, batch=1, learning=True))
-        good = run(inputs)[0]
-        for wrong in (4, -1, 2**30):
-            bad = run(inputs, positions=torch.tensor([3, wrong, 2], device=DEVICE))[0]
-            assert bad[1].isnan().any() and torch.equal(bad[::2], good[::2])
 
 
 def test_kernels_are_not_for_a_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

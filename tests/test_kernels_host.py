@@ -47,9 +47,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-def test_sizes_and_positions_of_a_batch_compile_nothing(compiled: dict[str, Any]) -> None:
-    """One forward and one backward kernel for all batches of a model; two more for indexed rows."""
-    assert compiled["counts"] == {"tokens": 2, "batch": 0, "offset": 0, "cp": 0, "positions": 2}
+def test_sizes_of_a_batch_compile_nothing(compiled: dict[str, Any]) -> None:
+    """One forward and one backward kernel for all batches of a model."""
+    assert compiled["counts"] == {"tokens": 2, "batch": 0}
 
 
 def test_nothing_spills_and_everything_is_vectorised(compiled: dict[str, Any]) -> None:
@@ -106,13 +106,11 @@ def test_operators_are_what_they_declare(learning: bool) -> None:
     inputs = Inputs(Case(**SMALL, learning=learning))
     query, key, coefficients = inputs.leaves()
     sin_coef, cos_coef = inputs.config.effective_coefficients(coefficients)
-    rest = (*inputs.basis, sin_coef, cos_coef, None, 0, 1, 0, 1.0, 1.0, "fused", True)
+    rest = (*inputs.basis, sin_coef, cos_coef, 1.0, 1.0, "fused", True)
     torch.library.opcheck(torch.ops.megatron_fope.rotate.default, (query, key, *rest))
     saved = (inputs.query, inputs.key) if learning else (None, None)
     plain = [x.detach() if isinstance(x, Tensor) else x for x in rest]
     torch.library.opcheck(torch.ops.megatron_fope.rotate_backward.default, (*inputs.upstream, *saved, *plain))
-    query, key = (x.clone() for x in (inputs.query, inputs.key))
-    torch.library.opcheck(torch.ops.megatron_fope.rotate_.default, (query, key, *plain))
 
 
 @pytest.mark.gpu
@@ -149,13 +147,13 @@ def test_cuda_graph(variant: str) -> None:
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("variant", ["tables", "fused", "fused_tf32x3"])
 def test_nothing_waits_for_the_gpu(variant: str) -> None:
-    inputs = Inputs(Case(variant=variant, positions=tuple(range(37)), batch=1, learning=True))
+    inputs = Inputs(Case(variant=variant, batch=1, learning=True))
     for mode in ("default", "error"):  # the first round compiles
         query, key, coefficients = inputs.leaves()
         torch.cuda.set_sync_debug_mode(mode)
         try:
             results = ops.rotate_triton(
-                query, key, *inputs.basis, coefficients, inputs.config, variant=variant, **inputs.arguments
+                query, key, *inputs.basis, coefficients, inputs.config, variant=variant
             )
             torch.autograd.backward(results, inputs.upstream)
         finally:
@@ -329,10 +327,6 @@ def _sin_coef(change: Any) -> dict[str, Any]:
     return {"coefficients": lambda c: c | {"sin_coef": change(c["sin_coef"])}}
 
 
-def _index(*values: int) -> Tensor:
-    return torch.tensor(values, device=DEVICE)
-
-
 BAD_INPUT = {
     "dtype": ({"query": lambda q: q.double()}, r"query is torch.float64 and key torch.bfloat16; allowed:"),
     "mixed dtypes": (
@@ -372,22 +366,8 @@ BAD_INPUT = {
     "bases differ": ({"sin_basis": lambda b: b[:3]}, r"sin_basis is \(3, .*\) and cos_basis \(6, "),
     "too few rows": (
         {"sin_basis": lambda b: b[:5], "cos_basis": lambda b: b[:5]},
-        r"positions reach 5; the basis has rows 0 to 4",
+        r"the basis has 5 rows; requires one per token of query, 6",
     ),
-    "offset too far": ({"offset": 1}, r"positions reach 6; the basis has rows 0 to 5"),
-    "negative offset": ({"offset": -1}, r"offset is -1; allowed: 0 or more"),
-    "cp too far": ({"cp_size": 2}, r"positions reach 11; the basis has rows 0 to 5"),
-    "cp rank": ({"cp_rank": 2, "cp_size": 2}, r"cp_rank is 2 of cp_size 2"),
-    "odd tokens under cp": (
-        {"query": lambda q: q[:3], "key": lambda k: k[:3], "cp_size": 2},
-        r"query has 3 tokens; allowed: an even number",
-    ),
-    "shape of positions": (
-        {"positions": _index(0, 1)},
-        r"positions are torch.int64 of shape \(2,\); allowed",
-    ),
-    "dtype of positions": ({"positions": torch.zeros(6, device=DEVICE)}, r"positions are torch.float32"),
-    "two ways": ({"positions": _index(*range(6)), "offset": 1}, r"positions are given together with"),
     "variant": ({"variant": "magic"}, r"variant is 'magic'; allowed: tables, fused, fused_tf32x3"),
 }
 
@@ -398,22 +378,6 @@ def test_bad_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_rotate", lambda *args, **kwargs: pytest.fail("reached the kernel"))
     with pytest.raises(ValueError, match=message):
         ops.rotate_triton(**_changed(**changes))
-
-
-def test_positions_beyond_the_basis() -> None:
-    for wrong, index in ((6, (0, 6, 2)), (-1, (0, -1, 2))):
-        with pytest.raises(ValueError, match=rf"positions contain {wrong}; the basis has rows 0 to 5"):
-            ops.check_positions(_index(*index), 6)
-    ops.check_positions(_index(0, 5), 6)
-    ops.check_positions(_index(), 6)
-
-
-def test_in_place_only_without_gradients() -> None:
-    named = _changed(inplace=True)
-    with pytest.raises(ValueError, match=r"use it under torch.no_grad\(\) only"):
-        ops.rotate_triton(**named | {"query": named["query"].clone().requires_grad_()})
-    with torch.no_grad(), pytest.raises(ValueError, match="query is an expanded tensor"):
-        ops.rotate_triton(**named | {"query": named["query"][:, :, :1].expand(-1, -1, 4, -1)})
 
 
 def test_a_device_that_cannot_run_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def check_tensors(
     Args:
         query: ``[s, b, query heads, head_dim]``.
         key: ``[s, b, KV heads, head_dim]``.
-        sin_basis: ``[rows, D_in]``.
+        sin_basis: ``[s, D_in]``.
         cos_basis: same shape.
         sin_coef: ``[H, D_in, D_out]``, with one head or as many as ``key``.
         cos_coef: same shape.
@@ -68,6 +68,10 @@ def check_tensors(
         raise ValueError(
             f"sin_basis is {tuple(sin_basis.shape)} and cos_basis {tuple(cos_basis.shape)}; allowed: "
             "[rows, D_in], the same for both"
+        )
+    if sin_basis.size(0) != query.size(0):
+        raise ValueError(
+            f"the basis has {sin_basis.size(0)} rows; requires one per token of query, {query.size(0)}"
         )
     if sin_coef.shape != cos_coef.shape or sin_coef.dim() != 3 or sin_coef.size(0) not in (1, groups):
         raise ValueError(

@@ -25,20 +25,13 @@ class Call(NamedTuple):
     """Everything but queries and keys: the arguments of the custom operators, in their order."""
 
     sin_basis: Tensor
-    """``[rows, D_in]``."""
+    """``[s, D_in]``."""
     cos_basis: Tensor
-    """``[rows, D_in]``."""
+    """``[s, D_in]``."""
     sin_coef: Tensor
     """``[H, D_in, D_out]`` float32."""
     cos_coef: Tensor
     """``[H, D_in, D_out]`` float32."""
-    positions: Tensor | None
-    """``[s]``, the row of each token."""
-    cp_rank: int
-    """Without ``positions``: this rank's place in the context-parallel group of ``cp_size``."""
-    cp_size: int
-    offset: int
-    """Without ``positions``: row of the undivided sequence's first token."""
     pad_sin: float
     pad_cos: float
     variant: str
@@ -46,18 +39,10 @@ class Call(NamedTuple):
     keep_tables: bool
     """Tables may be kept between calls."""
 
-    def spans(self, num_tokens: int) -> tuple[int, int, int]:
-        """``(chunk, first, second)``: token t has row t + first, and from token ``chunk`` on t + second."""
-        if self.cp_size == 1:
-            return num_tokens, self.offset, 0
-        chunk = num_tokens // 2
-        last = 2 * self.cp_size - 1 - self.cp_rank
-        return chunk, self.offset + self.cp_rank * chunk, self.offset + (last - 1) * chunk
 
-
-def forward(query: Tensor, key: Tensor, call: Call, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Rotate ``[s, b, heads, head_dim]`` tensors whose last stride is 1."""
-    out = (query, key) if inplace else (_empty(query.shape, query), _empty(key.shape, key))
+    out = (_empty(query.shape, query), _empty(key.shape, key))
     _rotate(query, key, out, call, sign=1.0)
     return out
 
@@ -89,9 +74,8 @@ def backward(
         for total in sums:
             total.zero_()
     _rotate(grad_query, grad_key, out, call, sign=-1.0, saved=(query, key), sums=sums)
-    bases = (_rows(basis, query.size(0), call) for basis in (call.sin_basis, call.cos_basis))
-    pairs = zip(bases, sums, strict=True)
-    grads = [functional.multiply(basis.transpose(0, 1), total.flatten(1)) for basis, total in pairs]
+    pairs = zip((call.sin_basis, call.cos_basis), sums, strict=True)
+    grads = [functional.multiply(basis.float().transpose(0, 1), total.flatten(1)) for basis, total in pairs]
     grads = [g.unflatten(1, shape[1:]).transpose(0, 1) for g in grads]
     if call.sin_coef.size(0) == 1:
         grads = [g.sum(dim=0, keepdim=True) for g in grads]
@@ -101,18 +85,6 @@ def backward(
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Memory that the kernels fill completely."""
     return torch.empty(shape, dtype=like.dtype, device=like.device)
-
-
-def _rows(basis: Tensor, num_tokens: int, call: Call) -> Tensor:
-    """The basis of each token, ``[s, D_in]`` float32."""
-    if call.positions is not None:
-        basis = basis.index_select(0, call.positions.clamp(0, basis.size(0) - 1))
-    else:
-        chunk, first, second = call.spans(num_tokens)
-        rows = basis[first : first + chunk]
-        rest = basis[second + chunk : second + num_tokens]
-        basis = torch.cat((rows, rest)) if rest.size(0) else rows
-    return basis.float()
 
 
 def _rotate(
@@ -138,31 +110,26 @@ def _rotate(
 
     config = triton_rotary.launch_config(half, d_out, fused=fused, learning=bool(saved))
     programs = -(-num_tokens // config.block) * groups
-    sizes: tuple[int, ...] = (num_tokens, batch, groups)
-    if saved:
-        kernel = triton_rotary.rotate_and_sum_kernel
-    else:
-        kernel = triton_rotary.rotate_kernel
-        per_program = batch if programs >= _ENOUGH_PROGRAMS else 1
-        sizes += (per_program,)
-        programs *= -(-batch // per_program)
+    per_program = batch if saved or programs >= _ENOUGH_PROGRAMS else 1
+    programs *= -(-batch // per_program)
     row_stride, group_stride = (d_in, d_in * d_out) if fused else (table_groups * width, width)
-    strides = [stride for tensor in (query, key, *out, *saved) for stride in tensor.stride()[:3]]
+    strides = [stride for tensor in (query, key, *saved) for stride in tensor.stride()[:3]]
+    strides += [0] * (12 - len(strides))
     with _on(query.device):
-        kernel[(programs,)](
+        triton_rotary.rotate_kernel[(programs,)](
             query,
             key,
             *out,
-            *saved,
-            *sums,
+            *(saved or (None, None)),
+            *(sums or (None, None)),
             sin,
             cos,
             sin_coef,
             cos_coef,
-            call.positions,
-            *sizes,
-            call.sin_basis.size(0),
-            *call.spans(num_tokens),
+            num_tokens,
+            batch,
+            per_program,
+            groups,
             row_stride,
             group_stride if table_groups > 1 else 0,
             *strides,

@@ -66,10 +66,6 @@ def rotate(
     """
     sin_coef, cos_coef = config.effective_coefficients(coefficients)
     check_tensors(query, key, sin_basis, cos_basis, sin_coef, cos_coef, dtypes=_DTYPES, coef_dtypes=WIDE)
-    if sin_basis.size(0) != query.size(0):
-        raise ValueError(
-            f"the basis has {sin_basis.size(0)} rows; requires one per token of query, {query.size(0)}"
-        )
     pad_sin, pad_cos = (value * config.attention_scaling for value in config.pad)
     sin_basis, cos_basis = sin_basis.to(sin_coef.dtype), cos_basis.to(cos_coef.dtype)
     return _Rotate.apply(query, key, sin_basis, cos_basis, sin_coef, cos_coef, pad_sin, pad_cos)

@@ -13,7 +13,7 @@ enough of them in flight:
 - Heads and batch are loops inside a program. Their number is no block dimension, so 7, 12 or 40 heads waste
   nothing. Several small programs per multiprocessor hide the latency, not a pipeline within one.
 
-Arithmetic is float32, addresses are 64 bit. The sizes and positions of a batch are ordinary arguments that no
+Arithmetic is float32, addresses are 64 bit. The sizes of a batch are ordinary arguments that no
 compilation depends on; what is compiled in is the model's geometry. Nothing is tuned at run time:
 :func:`launch_config` is a fixed rule.
 """
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-VARIES = ("num_tokens", "num_rows", "batch", "batch_per_program", "chunk", "first", "second", "sign")
+VARIES = ("num_tokens", "batch", "batch_per_program", "sign")
 """Arguments that change from batch to batch: a value of 1 or a multiple of 16 must not make a new kernel."""
 
 
@@ -71,23 +71,10 @@ def launch_config(half: int, d_out: int, *, fused: bool, learning: bool = False)
 
 
 @triton.jit
-def _rows_of(positions, token, inside, num_rows, chunk, first, second):
-    """Row of the basis or table that each token uses, and whether there is such a row."""
-    if positions is None:
-        # The two runs of consecutive positions that a context-parallel rank holds.
-        row = token.to(tl.int64) + tl.where(token < chunk, first, second)
-        usable = inside
-    else:
-        row = tl.load(positions + token, mask=inside, other=0).to(tl.int64)
-        usable = inside & (row >= 0) & (row < num_rows)
-    return row, usable
-
-
-@triton.jit
 def _mix(
     basis,
     coef,
-    usable,
+    inside,
     D_IN: tl.constexpr,
     D_OUT: tl.constexpr,
     SERIES: tl.constexpr,
@@ -100,7 +87,7 @@ def _mix(
     series = tl.full((BLOCK, SERIES), 0.0, tl.float32)
     for start in tl.static_range(0, D_IN, BLOCK_K):
         term = start + tl.arange(0, BLOCK_K)
-        values = tl.load(basis + term[None, :], mask=usable & (term < D_IN)[None, :], other=0.0)
+        values = tl.load(basis + term[None, :], mask=inside & (term < D_IN)[None, :], other=0.0)
         weights = tl.load(
             coef + term[:, None] * D_OUT + column, mask=(term < D_IN)[:, None] & (column < D_OUT), other=0.0
         )
@@ -114,8 +101,8 @@ def _series(
     cos,
     sin_coef,
     cos_coef,
-    row,
-    usable,
+    token,
+    inside,
     group,
     row_stride,
     group_stride,
@@ -129,28 +116,27 @@ def _series(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sin and cos of a block of tokens, ``[BLOCK, SERIES]`` float32; NaN where a token has no row."""
+    """sin and cos of a block of tokens, ``[BLOCK, SERIES]`` float32."""
     column = tl.arange(0, SERIES)[None, :]
-    usable = usable[:, None]
-    rows = row[:, None] * row_stride
+    rows = token * row_stride
     if sin_coef is None:
         offset = rows + group * group_stride + column
-        mask = usable & (column < WIDTH)
+        mask = inside & (column < WIDTH)
         sin_values = tl.load(sin + offset, mask=mask, other=pad_sin)
         cos_values = tl.load(cos + offset, mask=mask, other=pad_cos)
     else:
         sin_coef += group * group_stride
         cos_coef += group * group_stride
-        sin_values = _mix(sin + rows, sin_coef, usable, D_IN, D_OUT, SERIES, BLOCK, BLOCK_K, PRECISION)
-        cos_values = _mix(cos + rows, cos_coef, usable, D_IN, D_OUT, SERIES, BLOCK, BLOCK_K, PRECISION)
+        sin_values = _mix(sin + rows, sin_coef, inside, D_IN, D_OUT, SERIES, BLOCK, BLOCK_K, PRECISION)
+        cos_values = _mix(cos + rows, cos_coef, inside, D_IN, D_OUT, SERIES, BLOCK, BLOCK_K, PRECISION)
         if D_OUT < SERIES:
             sin_values = tl.where(column < D_OUT, sin_values, pad_sin)
             cos_values = tl.where(column < D_OUT, cos_values, pad_cos)
-    return sin_values, tl.where(usable, cos_values, float("nan"))
+    return sin_values, cos_values
 
 
 @triton.jit
-def _turn_head(
+def _rotate_head(
     x,
     out,
     inside,
@@ -183,99 +169,6 @@ def _turn_head(
     return first, second
 
 
-@triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=VARIES)
-def rotate_kernel(
-    query,
-    key,
-    query_out,
-    key_out,
-    sin,
-    cos,
-    sin_coef,
-    cos_coef,
-    positions,
-    num_tokens,
-    batch,
-    groups,
-    batch_per_program,
-    num_rows,
-    chunk,
-    first,
-    second,
-    row_stride,
-    group_stride,
-    query_token_stride,
-    query_batch_stride,
-    query_head_stride,
-    key_token_stride,
-    key_batch_stride,
-    key_head_stride,
-    query_out_token_stride,
-    query_out_batch_stride,
-    query_out_head_stride,
-    key_out_token_stride,
-    key_out_batch_stride,
-    key_out_head_stride,
-    sign,
-    pad_sin,
-    pad_cos,
-    REP: tl.constexpr,
-    HALF: tl.constexpr,
-    D_IN: tl.constexpr,
-    D_OUT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SERIES: tl.constexpr,
-    REST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Rotate query and key; the backward pass with frozen coefficients is the same with ``sign`` -1.
-
-    Either ``sin`` and ``cos`` are tables ``[rows, table groups, WIDTH]`` and the coefficients None, or they
-    are the basis ``[rows, D_IN]`` and the coefficients ``[table groups, D_IN, D_OUT]``. The grid is linear:
-    (share of the batch, block of tokens, group), the last fastest.
-    """
-    program = tl.program_id(0)
-    group = program % groups
-    blocks = (num_tokens + BLOCK - 1) // BLOCK
-    block = (program // groups) % blocks
-    start = (program // groups) // blocks * batch_per_program
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    inside = token < num_tokens
-    row, usable = _rows_of(positions, token, inside, num_rows, chunk, first, second)
-    sin_values, cos_values = _series(
-        sin, cos, sin_coef, cos_coef, row, usable, group, row_stride, group_stride, pad_sin, pad_cos,
-        D_IN, D_OUT, WIDTH, SERIES, BLOCK, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    sin_values *= sign
-    pad_sin *= sign
-    inside = inside[:, None]
-    token = token.to(tl.int64)[:, None]
-    head = group.to(tl.int64) * REP
-    query += token * query_token_stride + head * query_head_stride
-    query_out += token * query_out_token_stride + head * query_out_head_stride
-    key += token * key_token_stride + group.to(tl.int64) * key_head_stride
-    key_out += token * key_out_token_stride + group.to(tl.int64) * key_out_head_stride
-    first_sequence = start.to(tl.int64)
-    query += first_sequence * query_batch_stride
-    query_out += first_sequence * query_out_batch_stride
-    key += first_sequence * key_batch_stride
-    key_out += first_sequence * key_out_batch_stride
-    for _ in tl.range(start, tl.minimum(start + batch_per_program, batch)):
-        x = query
-        out = query_out
-        for _ in tl.range(0, REP):
-            _turn_head(x, out, inside, sin_values, cos_values, pad_sin, pad_cos, HALF, SERIES, REST)
-            x += query_head_stride
-            out += query_out_head_stride
-        _turn_head(key, key_out, inside, sin_values, cos_values, pad_sin, pad_cos, HALF, SERIES, REST)
-        query += query_batch_stride
-        query_out += query_out_batch_stride
-        key += key_batch_stride
-        key_out += key_out_batch_stride
-
-
 @triton.jit
 def _series_gradients(
     x,
@@ -298,7 +191,7 @@ def _series_gradients(
 
 
 @triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=VARIES)
-def rotate_and_sum_kernel(
+def rotate_kernel(
     query,
     key,
     query_out,
@@ -311,14 +204,10 @@ def rotate_and_sum_kernel(
     cos,
     sin_coef,
     cos_coef,
-    positions,
     num_tokens,
     batch,
+    batch_per_program,
     groups,
-    num_rows,
-    chunk,
-    first,
-    second,
     row_stride,
     group_stride,
     query_token_stride,
@@ -327,12 +216,6 @@ def rotate_and_sum_kernel(
     key_token_stride,
     key_batch_stride,
     key_head_stride,
-    query_out_token_stride,
-    query_out_batch_stride,
-    query_out_head_stride,
-    key_out_token_stride,
-    key_out_batch_stride,
-    key_out_head_stride,
     saved_query_token_stride,
     saved_query_batch_stride,
     saved_query_head_stride,
@@ -353,62 +236,75 @@ def rotate_and_sum_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The backward pass with learnable coefficients: ``query`` and ``key`` are the incoming gradients.
+    """Rotate query and key into contiguous tensors; in the backward pass, with ``sign`` -1, their gradients.
 
-    Besides rotating them it writes the gradients of sin and cos, ``[s, groups, D_OUT]`` float32. One program
-    sums over the whole batch and all heads of its group, in a fixed order and without atomics.
+    Either ``sin`` and ``cos`` are tables ``[s, table groups, WIDTH]`` and the coefficients None, or they
+    are the basis ``[s, D_IN]`` and the coefficients ``[table groups, D_IN, D_OUT]``. The grid is linear:
+    (share of the batch, block of tokens, group), the last fastest.
+
+    With ``saved_query`` and ``saved_key``, what the forward pass rotated, the gradients of sin and cos are
+    written too, ``[s, groups, D_OUT]`` float32. ``batch_per_program`` is then the whole batch: one program
+    sums over it and all heads of its group, in a fixed order and without atomics.
     """
     program = tl.program_id(0)
     group = program % groups
-    token = program // groups * BLOCK + tl.arange(0, BLOCK)
-    inside = token < num_tokens
-    row, usable = _rows_of(positions, token, inside, num_rows, chunk, first, second)
+    blocks = (num_tokens + BLOCK - 1) // BLOCK
+    block = (program // groups) % blocks
+    start = (program // groups) // blocks * batch_per_program
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    inside = (token < num_tokens)[:, None]
+    token = token.to(tl.int64)[:, None]
     sin_values, cos_values = _series(
-        sin, cos, sin_coef, cos_coef, row, usable, group, row_stride, group_stride, pad_sin, pad_cos,
+        sin, cos, sin_coef, cos_coef, token, inside, group, row_stride, group_stride, pad_sin, pad_cos,
         D_IN, D_OUT, WIDTH, SERIES, BLOCK, BLOCK_K, PRECISION,
     )  # fmt: skip
     sin_values *= sign
     pad_sin *= sign
-    inside = inside[:, None]
-    token = token.to(tl.int64)[:, None]
     group = group.to(tl.int64)
     head = group * REP
-    query += token * query_token_stride + head * query_head_stride
-    query_out += token * query_out_token_stride + head * query_out_head_stride
-    saved_query += token * saved_query_token_stride + head * saved_query_head_stride
-    key += token * key_token_stride + group * key_head_stride
-    key_out += token * key_out_token_stride + group * key_out_head_stride
-    saved_key += token * saved_key_token_stride + group * saved_key_head_stride
-    sin_sum = tl.full((BLOCK, SERIES), 0.0, tl.float32)
-    cos_sum = tl.full((BLOCK, SERIES), 0.0, tl.float32)
-    for _ in tl.range(0, batch):
-        grad = query
+    sequence = start.to(tl.int64)
+    out_row = (token * batch + sequence) * groups
+    query += token * query_token_stride + sequence * query_batch_stride + head * query_head_stride
+    key += token * key_token_stride + sequence * key_batch_stride + group * key_head_stride
+    query_out += (out_row * REP + head) * (2 * HALF)
+    key_out += (out_row + group) * (2 * HALF)
+    if saved_query is not None:
+        saved_query += token * saved_query_token_stride + head * saved_query_head_stride
+        saved_key += token * saved_key_token_stride + group * saved_key_head_stride
+        sin_sum = tl.full((BLOCK, SERIES), 0.0, tl.float32)
+        cos_sum = tl.full((BLOCK, SERIES), 0.0, tl.float32)
+    for _ in tl.range(start, tl.minimum(start + batch_per_program, batch)):
+        x = query
         out = query_out
-        x = saved_query
+        if saved_query is not None:
+            saved = saved_query
         for _ in tl.range(0, REP):
-            grad_first, grad_second = _turn_head(
-                grad, out, inside, sin_values, cos_values, pad_sin, pad_cos, HALF, SERIES, REST
+            first, second = _rotate_head(
+                x, out, inside, sin_values, cos_values, pad_sin, pad_cos, HALF, SERIES, REST
             )
-            sin_sum, cos_sum = _series_gradients(
-                x, grad_first, grad_second, inside, sin_sum, cos_sum, HALF, SERIES
-            )
-            grad += query_head_stride
-            out += query_out_head_stride
-            x += saved_query_head_stride
-        grad_first, grad_second = _turn_head(
+            if saved_query is not None:
+                sin_sum, cos_sum = _series_gradients(
+                    saved, first, second, inside, sin_sum, cos_sum, HALF, SERIES
+                )
+                saved += saved_query_head_stride
+            x += query_head_stride
+            out += 2 * HALF
+        first, second = _rotate_head(
             key, key_out, inside, sin_values, cos_values, pad_sin, pad_cos, HALF, SERIES, REST
         )
-        sin_sum, cos_sum = _series_gradients(
-            saved_key, grad_first, grad_second, inside, sin_sum, cos_sum, HALF, SERIES
-        )
+        if saved_query is not None:
+            sin_sum, cos_sum = _series_gradients(
+                saved_key, first, second, inside, sin_sum, cos_sum, HALF, SERIES
+            )
+            saved_query += saved_query_batch_stride
+            saved_key += saved_key_batch_stride
         query += query_batch_stride
-        query_out += query_out_batch_stride
-        saved_query += saved_query_batch_stride
         key += key_batch_stride
-        key_out += key_out_batch_stride
-        saved_key += saved_key_batch_stride
-    column = tl.arange(0, SERIES)[None, :]
-    offset = (token * groups + group) * D_OUT + column
-    mask = inside & (column < D_OUT)
-    tl.store(grad_sin + offset, sin_sum, mask=mask)
-    tl.store(grad_cos + offset, cos_sum, mask=mask)
+        query_out += groups * (REP * 2 * HALF)
+        key_out += groups * (2 * HALF)
+    if saved_query is not None:
+        column = tl.arange(0, SERIES)[None, :]
+        offset = (token * groups + group) * D_OUT + column
+        mask = inside & (column < D_OUT)
+        tl.store(grad_sin + offset, sin_sum, mask=mask)
+        tl.store(grad_cos + offset, cos_sum, mask=mask)
