@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BENCH_OUT ?= out/bench
 JOBS ?= 2
-KERNEL_TESTS := tests/test_kernels.py tests/test_kernels_host.py tests/test_implementation.py
+KERNEL_TESTS := tests/kernels/test_triton_rotary.py tests/kernels/test_launch.py tests/kernels/test_backend.py
 export PYTHON TORCH_INDEX_URL VENV NEWEST
 
 .PHONY: help setup demo extend docs test test-fast test-newest constraints layouts reshard bench bench-gpu test-gpu upstream-tests \

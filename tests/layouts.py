@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().with_name("helpers")))
+
 from forks import Launcher
 from launch import ROOT, TINY_MODEL
 

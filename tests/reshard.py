@@ -28,6 +28,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().with_name("helpers")))
+
 from forks import ROOT, import_megatron, run_ranks
 
 LAYERS, HEADS, KV_HEADS, LENGTH, BATCH = 4, 4, 2, 32, 2

@@ -102,7 +102,7 @@ FROM_ROPE = (
         "yarn",
         "RoPE + YaRN",
         "rope",
-        # A Fourier series of one term without a floor is RoPE; tests/test_functional.py holds us to it.
+        # A Fourier series of one term without a floor is RoPE; tests/formula/test_functional.py checks it.
         f"{START} --fope-init identity --fope-square --no-fope-clip --fope-pad-value 0,1 --fope-scaling yarn "
         f"--fope-scaling-factor {FACTOR} --fope-original-length {LENGTH} "
         f"--fope-attention-scaling {0.1 * math.log(FACTOR) + 1:.6f}",

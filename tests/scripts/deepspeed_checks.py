@@ -2,8 +2,8 @@
 
 Plain training is one rank without DeepSpeed: PyTorch's AdamW on the whole batch. Every case trains, saves
 half way, trains on, and resumes in a new engine. Rank 0 prints one JSON object ``{case: null or traceback}``
-as its last line; run it with ``torchrun --nproc-per-node 2``. ``tests/test_deepspeed.py`` shows each case as
-a test of its own.
+as its last line; run it with ``torchrun --nproc-per-node 2``. ``tests/examples/test_deepspeed.py`` shows each
+case as a test of its own.
 """
 
 from __future__ import annotations

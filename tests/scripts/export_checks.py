@@ -3,7 +3,7 @@
 ``python export_checks.py CASES`` reads a JSON object ``{name: {"folder", "tokens", "logits", "kind"}}``: the
 folder of an export, ``[2, 160]`` tokens and Megatron's logits for them (files of ``torch.save``), and
 ``"rope"``, ``"fope"`` or ``"learnable"``. It prints ``{"transformers": version, "results": {check[name]: null
-or traceback}}``; ``tests/test_export.py`` shows each check as a test of its own.
+or traceback}}``; ``tests/examples/test_export.py`` shows each check as a test of its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Checks of inference with real models and Megatron's own engines, contexts and controllers, on the CPU.
 
 Runs every check under ``torchrun``, first with tensor parallelism over all ranks, then on single ranks, and
-prints one JSON object ``{check[tp]: null or traceback}`` as rank 0's last line; ``tests/test_inference.py``
-shows each as a test of its own.
+prints one JSON object ``{check[tp]: null or traceback}`` as rank 0's last line;
+``tests/layers/test_inference.py`` shows each as a test of its own.
 
 FlashAttention's kernels do not exist for the CPU. Where Megatron calls them (flash decode and dynamic
 batching), they are replaced by plain attention with the same arguments; everything around them is Megatron's.

@@ -1,8 +1,8 @@
 """Checks that need a real Megatron model, run in one process because Megatron's import takes seconds.
 
-Prints one JSON object ``{check: null or traceback}`` as its last line; ``tests/test_model.py`` shows each
-check as a test of its own. A check of what the Megatron at hand does not have yet is missing there. The CPU
-runtime changes torch for the whole process, so none of this runs inside pytest.
+Prints one JSON object ``{check: null or traceback}`` as its last line; ``tests/layers/test_model.py`` shows
+each check as a test of its own. A check of what the Megatron at hand does not have yet is missing there. The
+CPU runtime changes torch for the whole process, so none of this runs inside pytest.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Everything is compared with one rank that sees each document on its own, as an ordinary sequence. Gradients
 are those that Megatron's own data-parallel wrapper and ``finalize_model_grads`` leave behind, the
 coefficients' among them. Rank 0 prints one JSON object ``{check: null or traceback}`` as its last line; run
-it with ``torchrun --nproc-per-node 4``. ``tests/test_parallel.py`` shows each check as a test of its own.
+it with ``torchrun --nproc-per-node 4``. ``tests/layers/test_parallel.py`` shows each check as a
+test of its own.
 """
 
 from __future__ import annotations

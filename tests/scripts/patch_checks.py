@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(TESTS / "helpers"))
 
 from forks import import_megatron, run_ranks  # noqa: E402
 from launch import TINY_MODEL, losses  # noqa: E402

@@ -30,7 +30,7 @@ def _refuse(report: pytest.TestReport | pytest.CollectReport) -> None:
         reason = report.longrepr[2].removeprefix("Skipped: ")
         if not re.match("|".join(REASONS), reason):
             report.outcome = "failed"
-            report.longrepr = f"skipped for a reason that is not in tests/skips.py: {reason}"
+            report.longrepr = f"skipped for a reason that is not in tests/helpers/skips.py: {reason}"
 
 
 @pytest.hookimpl(wrapper=True)

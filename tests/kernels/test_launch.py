@@ -7,13 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from kernel_cases import DEVICE, GPU, Case, Inputs
 from kernel_fixtures import interpreter  # noqa: F401
+from launch import ROOT
 from torch import Tensor
 
 from megatron_fope import kernels
@@ -38,7 +38,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("kernel_compile.py")],
+        [sys.executable, ROOT / "tests" / "helpers" / "kernel_compile.py"],
         env=environment,
         capture_output=True,
         text=True,

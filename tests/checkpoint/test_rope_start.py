@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_checkpoints import fresh_coefficients
+from test_saving import fresh_coefficients
 from trainer import DROPOUT, FOPE, TP2, Run, Trainer
 
 pytestmark = pytest.mark.launch

@@ -32,7 +32,7 @@ def test_only_skips_with_a_listed_reason(tmp_path: Path) -> None:
     command = ["-m", "pytest", "-p", "skips", "--continue-on-collection-errors", "-rA", "-c", "/dev/null"]
     done = subprocess.run(
         [sys.executable, *command, "--rootdir", str(tmp_path), str(tmp_path)],
-        cwd=ROOT / "tests",
+        cwd=ROOT / "tests" / "helpers",
         capture_output=True,
         text=True,
     )
@@ -42,7 +42,7 @@ def test_only_skips_with_a_listed_reason(tmp_path: Path) -> None:
         "ERROR test_module.py", "ERROR test_some.py::test_fixture", "FAILED test_some.py::test_call",
         "ERROR test_some.py::test_mark", "SKIPPED test_some.py", "XFAIL test_some.py::test_expected",
     }  # fmt: skip
-    assert "tests/skips.py: tokenizers is not installed" in done.stdout
+    assert "tests/helpers/skips.py: tokenizers is not installed" in done.stdout
 
 
 def test_every_listed_reason_is_given_somewhere() -> None:

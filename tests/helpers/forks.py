@@ -21,7 +21,7 @@ from typing import Any
 
 from ports import free_port
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Launcher:

@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launch import ROOT
 from torch import Tensor
 
 from megatron_fope.formula import functional, growth
 from megatron_fope.formula.config import FoPEConfig
 
-GOLDEN = Path(os.environ.get("MEGATRON_FOPE_GOLDEN", Path(__file__).parent / "golden"))
+GOLDEN = Path(os.environ.get("MEGATRON_FOPE_GOLDEN", ROOT / "tests" / "golden"))
 
 
 class Case:

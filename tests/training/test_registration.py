@@ -6,11 +6,11 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from launch import ROOT
 
-SCRIPT = Path(__file__).parent / "scripts" / "registration_checks.py"
+SCRIPT = ROOT / "tests" / "scripts" / "registration_checks.py"
 CHECKS = re.findall(r"^@check\ndef (\w+)", SCRIPT.read_text(), re.MULTILINE)
 
 

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import test_bad_commands
 from bad_numbers import MEGATRON, NUMBERS
+from launch import ROOT
 
 from megatron_fope import compat
 from megatron_fope.common.errors import UserError
 from megatron_fope.tools import cli
 from megatron_fope.tools.evaluation import command as evaluation
 
-SCRIPT = Path(__file__).parent / "scripts" / "bad_input_cases.py"
+SCRIPT = ROOT / "tests" / "scripts" / "bad_input_cases.py"
 PREFIX = "megatron-fope: error: "
 
 FOPE = ["--position-embedding-type", "fope"]
