@@ -1,9 +1,9 @@
 """Write ``.ci/constraints.txt``: the versions in this interpreter's environment, which its tests passed with.
 
-``make test-newest && make constraints VENV=.venv-newest``; after that, widen the bounds in ``setup.py``.
+``make test-newest && make constraints VENV=.venv-newest``; then widen the bounds in ``pyproject.toml``.
 """
 
-import re
+import tomllib
 from importlib.metadata import requires, version
 from pathlib import Path
 
@@ -35,9 +35,11 @@ def main() -> None:
             pinned[name] = f"{name}=={version(name)}"
             if name != "torch":
                 left.append(needed)
+    pinned.pop("megatron-fope")  # its extra "dev" names others of its extras
     # Each torch has bounds of its own for it.
     pinned.pop("setuptools", None)
-    pinned["torch"] = re.search(r'"(torch[^"]+)"', (ROOT / "setup.py").read_text()).group(1)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (pinned["torch"],) = (text for text in project["dependencies"] if Requirement(text).name == "torch")
     lines = sorted(pinned.values())
     (ROOT / ".ci" / "constraints.txt").write_text(HEADER + "\n".join(lines) + "\n")
 

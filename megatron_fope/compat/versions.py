@@ -11,7 +11,7 @@ from packaging.version import Version
 from megatron_fope.common.errors import UserError
 
 SUPPORTED_MEGATRON = SpecifierSet(">=0.17,<0.20", prereleases=True)
-"""Megatron-Core releases whose wheel the flag trains with. Keep in step with ``setup.py``."""
+"""Megatron-Core releases whose wheel the flag trains with. Keep in step with ``pyproject.toml``."""
 
 SUPPORTED_CHECKOUTS = SpecifierSet(">=0.16,<0.21", prereleases=True)
 """Megatron-LM checkouts that the flag trains with, and all releases that the layer spec works with.

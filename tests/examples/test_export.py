@@ -27,7 +27,7 @@ SCRIPT = ROOT / "examples" / "pretrain" / "export.py"
 MODELING = SCRIPT.with_name("modeling_fope_llama.py")
 CHECKS = ROOT / "tests" / "scripts" / "export_checks.py"
 OLDEST = "5.1.0"
-"""The oldest transformers that setup.py allows."""
+"""The oldest transformers that pyproject.toml allows."""
 LLAMA = ("--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--init-method-std", "0.2")
 UNTIED = "--untie-embeddings-and-output-weights"
 MODELS = {
@@ -126,8 +126,8 @@ def test_exported(check: str, results: dict[str, str | None]) -> None:
     assert not failed, "\n".join(f"{name}\n{result}" for name, result in failed.items())
 
 
-def test_oldest_transformers_is_the_one_that_setup_py_allows() -> None:
-    (allowed,) = re.findall(r'"transformers>=([\d.]+),', (ROOT / "setup.py").read_text())
+def test_oldest_transformers_is_the_one_that_the_project_allows() -> None:
+    (allowed,) = re.findall(r'"transformers>=([\d.]+),', (ROOT / "pyproject.toml").read_text())
     assert f"{allowed}.0" == OLDEST
     assert f'"transformers=={OLDEST}"' in (ROOT / ".ci" / "setup-env").read_text()
 
