@@ -7,7 +7,8 @@ import dataclasses
 import sys
 from typing import Any
 
-from megatron_fope.arguments.megatron import CHECKPOINT_FORMATS, check_layout, check_position_ids, head_dim_of
+from megatron_fope.arguments.layout import check_layout
+from megatron_fope.arguments.megatron import CHECKPOINT_FORMATS, check_position_ids, dashes, head_dim_of
 from megatron_fope.common.command_line import number, one_line_errors, whole
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.log import announce
@@ -200,12 +201,23 @@ def _scales_rope(args: Any) -> bool:
     return interpolated or bool(getattr(args, "use_rope_scaling", False))
 
 
+def check_names(stored: Any) -> None:
+    """Refuse a checkpoint's arguments that have names from before 0.1.0: their values would be ignored."""
+    for name in ("fope_padding", "fope_implementation"):
+        if getattr(stored, name, None) is not None:
+            raise UserError(
+                f"the checkpoint stores {name}: it was written by an earlier development version of "
+                "megatron-fope, and only that version can read it"
+            )
+
+
 def fope_config_of_checkpoint(stored: Any, args: Any) -> FoPEConfig:
     """FoPE's settings of a checkpoint from its arguments, the run's where an older one lacks a name.
 
     Raises:
-        UserError: a value outside what is allowed.
+        UserError: a value outside what is allowed, or a name from before 0.1.0.
     """
+    check_names(stored)
     common = {"rotary_base": args.rotary_base, "seq_length": None}
     return fope_config_from_args(argparse.Namespace(**common | vars(stored)))
 
@@ -293,11 +305,7 @@ def check_command_line(argv: list[str]) -> None:
 
 
 def check_before_megatron(args: Any) -> None:
-    """Refuse what Megatron's own validation would turn into a stack trace or silently change.
-
-    Raises:
-        UserError: naming the flag.
-    """
+    """Refuse what Megatron's own validation would turn into a stack trace or silently change."""
     if args.position_embedding_type != FOPE:
         given = given_fope_arguments(args)
         for name in ("start_from_rope", "grow", "change_rotary_base"):
@@ -356,11 +364,7 @@ _READ_BY = {
 
 
 def check_scaling_flags(args: Any) -> None:
-    """Refuse settings of a length extension that is not asked for: they would do nothing, silently.
-
-    Raises:
-        UserError: naming the flag.
-    """
+    """Refuse settings of a length extension that is not asked for: they would do nothing, silently."""
     given = given_fope_arguments(args)
     scaling = given.get("scaling", "llama3" if getattr(args, "use_rope_scaling", False) else "none")
     for field in FIELDS:
@@ -377,11 +381,7 @@ def check_scaling_flags(args: Any) -> None:
 
 
 def check_start_flags(args: Any) -> None:
-    """Refuse a start from RoPE that does not exist or that other flags contradict.
-
-    Raises:
-        UserError: naming the flag.
-    """
+    """Refuse a start from RoPE that does not exist or that other flags contradict."""
     start, given = getattr(args, "fope_start_from_rope", None), given_fope_arguments(args)
     if start is not None and start not in STARTS:
         raise UserError(f"{START_FROM_ROPE} is {start!r}; allowed: {', '.join(STARTS)}")
@@ -436,6 +436,6 @@ def _check_fsdp(args: Any) -> None:
         if getattr(args, name, False):
             raise UserError(
                 f"{flag('learnable')} and --{'bf16' if args.bf16 else 'fp16'} are given with "
-                f"--{name.replace('_', '-')}, which cannot shard float32 among 16-bit parameters; "
+                f"--{dashes(name)}, which cannot shard float32 among 16-bit parameters; "
                 "use frozen coefficients, or --use-distributed-optimizer"
             )

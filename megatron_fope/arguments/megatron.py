@@ -1,10 +1,14 @@
-"""What Megatron's own arguments say about a model, and which parallel layouts they allow."""
+"""What Megatron's own arguments say about a model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_fope.common.errors import UserError
+
+Rule = tuple[str, bool, str]
+"""An argument, whether its value can be, and which can."""
 
 CHECKPOINT_FORMATS = ("torch_dist", "torch")
 """Values of ``--ckpt-format`` whose files FoPE looks into: for damage, and to start from another model."""
@@ -35,12 +39,22 @@ def is_hybrid(args: Any) -> bool:
     return getattr(args, "hybrid_layer_pattern", None) is not None
 
 
-def check_position_ids(args: Any) -> None:
-    """Refuse settings under which position ids that start again would not reach every attention layer.
+def check_rules(args: Any, rules: Iterable[Rule]) -> None:
+    """Refuse the first value that a rule does not allow."""
+    for name, ok, allowed in rules:
+        if not ok:
+            value = getattr(args, name)
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise UserError(f"--{dashes(name)} is {shown}; allowed: {allowed}")
 
-    Raises:
-        UserError: naming the flag.
-    """
+
+def dashes(name: str) -> str:
+    """An argument's name as its flag has it, without the leading ones."""
+    return name.replace("_", "-")
+
+
+def check_position_ids(args: Any) -> None:
+    """Refuse settings under which position ids that start again would not reach every attention layer."""
     if not getattr(args, "reset_position_ids", False):
         return
     pipeline = getattr(args, "pipeline_model_parallel_size", None) or 1
@@ -61,76 +75,3 @@ def check_position_ids(args: Any) -> None:
             raise UserError(
                 f"--reset-position-ids is given with {case}, and FoPE's positions are absolute; leave one out"
             )
-
-
-def check_layout(args: Any, world_name: str = "WORLD_SIZE") -> None:
-    """Refuse a parallel layout into which the model, the batch or the number of processes does not divide.
-
-    Args:
-        args: Megatron's arguments.
-        world_name: what the message calls the number of ranks.
-
-    Raises:
-        UserError: naming the flag.
-    """
-
-    def size(name: str) -> int:
-        return getattr(args, name, None) or 1
-
-    def require(ok: bool, name: str, allowed: str) -> None:
-        if not ok:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: {allowed}")
-
-    tensor, pipeline = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size")
-    context, expert = size("context_parallel_size"), size("expert_model_parallel_size")
-    model = tensor * pipeline * context
-    world = getattr(args, "world_size", None) or model
-    if world % model:
-        raise UserError(
-            f"--tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {pipeline} x "
-            f"--context-parallel-size {context} takes {model} ranks, but {world_name} is {world}"
-        )
-    heads = args.num_attention_heads or tensor
-    groups = num_kv_heads_of(args) or heads
-    require(
-        heads % tensor == 0, "tensor_model_parallel_size", f"a divisor of the {heads} --num-attention-heads"
-    )
-    require(
-        groups % tensor == 0 or tensor % groups == 0,
-        "tensor_model_parallel_size",
-        f"a divisor or a multiple of the {groups} --num-query-groups",
-    )
-    layers = args.num_layers or pipeline
-    uneven = any(
-        getattr(args, name, None)
-        for name in (
-            "decoder_first_pipeline_num_layers",
-            "decoder_last_pipeline_num_layers",
-            "account_for_embedding_in_pipeline_split",
-            "account_for_loss_in_pipeline_split",
-            "pipeline_model_parallel_layout",
-        )
-    )
-    require(
-        uneven or layers % pipeline == 0,
-        "pipeline_model_parallel_size",
-        f"a divisor of the {layers} --num-layers",
-    )
-    require(
-        context == 1 or args.seq_length % (2 * context) == 0,
-        "context_parallel_size",
-        f"numbers whose double divides the {args.seq_length} tokens of --seq-length",
-    )
-    experts = getattr(args, "num_experts", None) or expert
-    require(experts % expert == 0, "expert_model_parallel_size", f"a divisor of the {experts} --num-experts")
-    replicas = world // model
-    flexible = any(
-        getattr(args, name, None)
-        for name in ("rampup_batch_size", "step_batch_size_schedule", "decrease_batch_size_if_needed")
-    )
-    if args.global_batch_size and args.micro_batch_size and not flexible:
-        require(
-            args.global_batch_size % (args.micro_batch_size * replicas) == 0,
-            "global_batch_size",
-            f"a multiple of --micro-batch-size {args.micro_batch_size} times {replicas} data-parallel ranks",
-        )

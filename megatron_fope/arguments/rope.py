@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
@@ -22,12 +22,10 @@ from megatron_fope.arguments.megatron import head_dim_of, is_hybrid
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.log import quiet_imports
 from megatron_fope.formula import geometry
-
-if TYPE_CHECKING:
-    from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.config import FoPEConfig, flag
 
 ROPE_TYPES = ("rope", "yarn")
-"""Values of ``--position-embedding-type`` that turn pairs of channels by RoPE's angles."""
+"""Values of ``--position-embedding-type`` that rotate pairs of channels by RoPE's angles."""
 
 _PASSED: set[str] | None = None
 """What the training script passed to the model that it built last; None: it has built none."""
@@ -73,15 +71,16 @@ def rope_of(args: Any) -> Rope:
     Raises:
         UserError: its RoPE is no rotation of channel pairs, or this Megatron cannot build it.
     """
+    # Megatron's modules move their frequencies to the current GPU before they answer.
     with mock.patch.object(torch.cuda, "current_device", return_value="cpu"), quiet_imports():
-        module = _latent_module(args) if getattr(args, "multi_latent_attention", False) else _module(args)
+        module = _module(args)
         embedding = module.get_emb(2)
     embedding, amplitude = embedding if isinstance(embedding, tuple) else (embedding, 1.0)
     angles = embedding[1, 0, 0]
     interleaved = getattr(module, "rotary_interleaved", False)
     if interleaved != bool(getattr(args, "rotary_interleaved", False)):
         raise UserError(
-            "--rotary-interleaved is given, but this Megatron's hybrid models then turn channels by angles "
+            "--rotary-interleaved is given, but this Megatron's hybrid models then rotate channels by angles "
             "of other pairs, which is no RoPE"
         )
     return Rope(angles[::2] if interleaved else angles[: angles.numel() // 2], float(amplitude))
@@ -140,7 +139,7 @@ def check_same_rope(args: Any, stored: Any, config: FoPEConfig, where: str, *, s
         args: the run's arguments.
         stored: the RoPE checkpoint's; what they lack is taken from ``args``.
         config: the run's settings.
-        where: the checkpoint's folder, for messages.
+        where: how messages name the checkpoint: "the checkpoint in FOLDER".
         strict: also where FoPE's settings ask for another scaling of the frequencies.
 
     Raises:
@@ -151,8 +150,8 @@ def check_same_rope(args: Any, stored: Any, config: FoPEConfig, where: str, *, s
     rope = rope_of(stored)
     if rope.angles.numel() * 2 != head_dim:
         raise UserError(
-            f"--rotary-percent was {stored.rotary_percent} for the checkpoint in {where}; FoPE rotates the "
-            "whole head and cannot continue it"
+            f"--rotary-percent was {stored.rotary_percent} for {where}; FoPE rotates the whole head and "
+            "cannot continue it"
         )
     if _equal(config, rope, head_dim) or (not strict and _scaled(config)):
         return
@@ -162,13 +161,12 @@ def check_same_rope(args: Any, stored: Any, config: FoPEConfig, where: str, *, s
     )
     if right is None:
         raise UserError(
-            f"the RoPE frequencies of the checkpoint in {where} are none that FoPE can have with "
-            f"--rotary-base {args.rotary_base:g} and any --fope-scaling"
+            f"the RoPE frequencies of {where} are none that FoPE can have with --rotary-base "
+            f"{args.rotary_base:g} and any --fope-scaling"
         )
-    flags = " ".join(f"--fope-{name.replace('_', '-')} {value}" for name, value in right.items())
+    flags = " ".join(f"{flag(name)} {value}" for name, value in right.items())
     raise UserError(
-        f"the checkpoint in {where} has other RoPE frequencies than this run, as this Megatron computes "
-        f"them; use {flags}"
+        f"{where} has other RoPE frequencies than this run, as this Megatron computes them; use {flags}"
     )
 
 
@@ -219,46 +217,27 @@ def _candidates(stored: Any, rope: Rope) -> list[dict[str, Any]]:
 
 
 def _module(args: Any) -> Any:
+    """The rotary module as the model builds it or, under latent attention, ``MLASelfAttention``."""
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
-    module_class, extra = RotaryEmbedding, {}
-    if args.position_embedding_type == "yarn":
-        module_class, extra = YarnRotaryEmbedding, _yarn_settings(args)
-        if extra is None:
+    yarn = _yarn_settings(args)
+    if getattr(args, "multi_latent_attention", False):
+        config = _latent_config(args)
+        passed = {name: config[name] for name in ("rotary_base", "rotary_percent")}
+    else:
+        if yarn is None and args.position_embedding_type == "yarn":
             raise UserError(
                 "the checkpoint was trained with --position-embedding-type yarn, which this Megatron cannot "
                 "build from its flags; use a newer one"
             )
-    passed = _model_arguments(args) | {"rotary_interleaved": bool(getattr(args, "rotary_interleaved", False))}
+        passed = _model_arguments(args)
+        if issubclass(_model_class(args), compat.model_classes()[0][0]):  # only GPT models pass it on
+            passed["rotary_interleaved"] = bool(getattr(args, "rotary_interleaved", False))
+    module_class = RotaryEmbedding if yarn is None else YarnRotaryEmbedding
     known = inspect.signature(module_class).parameters
-    if not issubclass(_model_class(args), compat.model_classes()[0][0]):
-        del passed["rotary_interleaved"]  # only GPT models pass it on
-    return module_class(
-        kv_channels=head_dim_of(args),
-        use_cpu_initialization=True,
-        **{name: value for name, value in passed.items() if name in known},
-        **extra,
-    )
-
-
-def _latent_module(args: Any) -> Any:
-    """As ``MLASelfAttention`` builds it, from the configuration alone."""
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
-
-    config = _latent_config(args)
-    if config["rope_type"] == "yarn":
-        settings = _yarn_settings(args)
-        return YarnRotaryEmbedding(
-            head_dim_of(args), rotary_base=config["rotary_base"], use_cpu_initialization=True, **settings
-        )
-    return RotaryEmbedding(
-        head_dim_of(args),
-        rotary_percent=config["rotary_percent"],
-        rotary_base=config["rotary_base"],
-        use_cpu_initialization=True,
-    )
+    passed = {name: value for name, value in passed.items() if name in known} | (yarn or {})
+    return module_class(head_dim_of(args), use_cpu_initialization=True, **passed)
 
 
 def _latent_config(args: Any) -> dict[str, Any]:

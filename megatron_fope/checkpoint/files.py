@@ -17,12 +17,7 @@ _COEFFICIENT = re.compile(r"\.fope\.(sin|cos|fourier)_coef$")
 
 
 def read_legacy_args(folder: str | Path, step: int | str) -> Any | None:
-    """The arguments that rank 0 stored with one iteration in the legacy format, or None if it stored none.
-
-    Args:
-        folder: the folder given to ``--save``.
-        step: number of the iteration, or "release".
-    """
+    """The arguments that rank 0 stored with one iteration in the legacy format, or None if it stored none."""
     import torch
     from megatron.core.safe_globals import register_safe_globals
 
@@ -65,7 +60,7 @@ def find_damage(folder: str | Path, step: int | str, *, expected: Iterable[str] 
     checkpoints of terabytes; numbers that changed in place are not noticed.
 
     Args:
-        folder: what ``--load`` was given; a remote one is not looked at.
+        folder: a remote one is not looked at.
         step: number of the iteration, or "release".
         expected: names of tensors that must be there.
 
@@ -106,14 +101,7 @@ def is_legacy(folder: str | Path, step: int | str) -> bool:
 
 
 def find_missing_legacy_file(folder: str | Path, step: int | str, tensor: int, pipeline: int) -> str | None:
-    """Like :func:`find_damage`, for a file that some rank of a layout will look for in vain.
-
-    Args:
-        folder: what ``--load`` was given.
-        step: number of the iteration, or "release".
-        tensor: tensor-parallel size.
-        pipeline: pipeline-parallel size.
-    """
+    """Like :func:`find_damage`, for a file that some rank of a layout will look for in vain."""
     iteration = Path(folder) / iteration_folder(step)
     stages = [f"_{stage:03d}" for stage in range(pipeline)] if pipeline > 1 else [""]
     for rank in range(tensor):

@@ -8,18 +8,13 @@ and grown by the layers.
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from megatron_fope.arguments.flags import FOPE, GROW, START_FROM_ROPE, fope_config_from_args
-from megatron_fope.arguments.megatron import CHECKPOINT_FORMATS, head_dim_of
-from megatron_fope.checkpoint.arguments import (
-    check_against_checkpoint,
-    check_legacy_layout,
-    position_type_if_given,
-)
+from megatron_fope.arguments.flags import FOPE, fope_config_from_args
+from megatron_fope.arguments.megatron import CHECKPOINT_FORMATS
+from megatron_fope.checkpoint.arguments import check_legacy_layout, position_type_if_given
 from megatron_fope.checkpoint.files import (
     describe_error,
     find_damage,
@@ -31,12 +26,9 @@ from megatron_fope.checkpoint.files import (
     read_legacy_args,
     tracked_iteration,
 )
-from megatron_fope.checkpoint.start import begin_annealing, outgrown_config, starts_from_rope
+from megatron_fope.checkpoint.start import Start, check_position_type, decide
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.log import announce, is_rank0
-from megatron_fope.formula.config import FoPEConfig
-from megatron_fope.layers import anneal
-from megatron_fope.layers.embedding import KEEP, Outgrown
 
 
 def load_base_checkpoint(original: Callable, load_dir: Any, args: Any, options: dict[str, Any]) -> Any:
@@ -44,10 +36,10 @@ def load_base_checkpoint(original: Callable, load_dir: Any, args: Any, options: 
 
     Args:
         original: Megatron's function.
-        load_dir: the folder.
-        args: Megatron's arguments.
-        options: the function's further arguments by name. With ``rank0`` only the checkpoint's arguments
-            are wanted; otherwise ``sharded_state_dict`` says which tensors.
+        load_dir: its first argument, the folder.
+        args: its second argument.
+        options: its further arguments by name. With ``rank0`` only the checkpoint's arguments are wanted;
+            otherwise ``sharded_state_dict`` says which tensors.
 
     Returns:
         What Megatron's function returns: state dict, name, whether it is a release, format.
@@ -62,7 +54,7 @@ def load_base_checkpoint(original: Callable, load_dir: Any, args: Any, options: 
         result = original(load_dir, args, **options)
         stored = result[0].get("args") if result[0] else None
         if stored is not None and loading.validated:
-            check_against_checkpoint(args, stored, load_dir)
+            check_position_type(args.position_embedding_type, stored, load_dir)
         return result
     if options.get("rank0", False):
         return loading.read_arguments(options)
@@ -98,23 +90,16 @@ class _Loading:
 
     def _read_arguments(self, options: dict[str, Any]) -> Any:
         result = self._call(options)
-        stored = result[0].get("args") if result[0] else None
-        if stored is not None and self.validated:
-            self._check_settings(result)
+        if self.validated:
+            self._start(result)
         return result
 
     def read_tensors(self, options: dict[str, Any]) -> Any:
         template = options.get("sharded_state_dict")
         names = _coefficient_names(template)
-        starting = (getattr(self.args, f"fope_{name}", None) for name in ("start_from_rope", "grow"))
-        if names and any(starting):
-            state = self.read_arguments({"rank0": True})[0]
-            stored = (state or {}).get("args")
-            outgrown = outgrown_config(self.args, stored)
-            if starts_from_rope(self.args, stored, self.asked):
-                template = _without(names, template)
-            elif outgrown is not None:
-                template = _with_shape_of(outgrown, names, template, self.args)
+        if names and any(getattr(self.args, f"fope_{name}", None) for name in ("start_from_rope", "grow")):
+            start = self._start(self.read_arguments({"rank0": True}))
+            template = template if start is None else _requested(start, template, names)
             options = {**options, "sharded_state_dict": template}
         keys = _keys(template, names)
 
@@ -126,27 +111,39 @@ class _Loading:
 
         def read() -> Any:
             result = self._call(options, keys)
-            state, _, release, kind = result[:4]
-            if state and state.get("args") is not None:
-                self._check_settings(result)
+            if start := self._start(result):
+                state, kind = result[0], result[3]
                 legacy = getattr(kind, "name", None) == "LEGACY"
-                wanted = _names_beside_attention(state, self.args) if legacy else names
-                from_rope = starts_from_rope(self.args, state["args"], FOPE)
-                begin_annealing(
-                    self.args, state["args"], state.get("iteration", 0), from_rope=from_rope, release=release
-                )
-                _settle_coefficients(state, wanted, self.args, self.load_dir, from_rope=from_rope)
+                start.begin()
+                self._settle(start, state, _names_beside_attention(state, self.args) if legacy else names)
             return result
 
         self.agree(check_files)
         return self.agree(read)
 
-    def _check_settings(self, result: Any) -> None:
+    def _start(self, result: Any) -> Start | None:
+        """How the run starts from what Megatron has read, checked; None without arguments or without FoPE."""
         state, release = result[0], result[2]
+        stored = state.get("args") if state else None
+        if stored is None:
+            return None
         iteration = state.get("iteration", 0)
-        check_against_checkpoint(
-            self.args, state["args"], self.load_dir, iteration=iteration, release=release
-        )
+        start = decide(self.args, stored, self.load_dir, iteration=iteration, release=release)
+        if start is not None:
+            start.check()
+        return start
+
+    def _settle(self, start: Start, state: Any, names: dict[str, list[str]]) -> None:
+        """Make sure that every coefficient was in the file; mark those that stay and those that grow."""
+        for part, wanted in names.items():
+            for name in wanted:
+                value = state.get(part, {}).get(name)
+                if value is None and not start.fresh:
+                    raise UserError(
+                        f"the checkpoint in {self.load_dir} has no {name}; load one that is complete"
+                    )
+                state[part][name] = start.loaded(value)
+        announce(*start.notes(self.load_dir))
 
     def _call(self, options: dict[str, Any], keys: Iterable[str] = ()) -> Any:
         """Call Megatron; an error that damaged files explain becomes one line."""
@@ -211,80 +208,6 @@ def _refuse_damage(load_dir: Any, step: int | str, keys: Iterable[str] = ()) -> 
         raise UserError(damage)
 
 
-def _settle_coefficients(
-    state: Any, names: dict[str, list[str]], args: Any, load_dir: Any, *, from_rope: bool
-) -> None:
-    """Make sure that every coefficient was in the file; mark those that stay and those that grow."""
-    outgrown = None if from_rope else outgrown_config(args, state["args"])
-    for part, wanted in names.items():
-        for name in wanted:
-            if from_rope:
-                state[part][name] = KEEP
-            elif name not in state.get(part, {}):
-                raise UserError(f"the checkpoint in {load_dir} has no {name}; load one that is complete")
-            elif outgrown is not None:
-                state[part][name] = Outgrown(state[part][name], outgrown)
-    announce(*_start_notes(state["args"], args, load_dir, from_rope, outgrown))
-
-
-def _start_notes(
-    stored: Any, args: Any, load_dir: Any, from_rope: bool, outgrown: FoPEConfig | None
-) -> Iterator[str]:
-    """What the flags about a start have done, one line each."""
-    flags = (getattr(args, f"fope_{name}", None) for name in ("start_from_rope", "grow", "anneal_iters"))
-    if not any(flags):
-        return  # also where a program calls Megatron's loading with arguments of its own, without a length
-    config = fope_config_from_args(args)
-    weight = anneal.current_weight(config.anneal_iters)
-    base = getattr(stored, "rotary_base", config.rotary_base)
-    if from_rope:
-        note = "" if base == config.rotary_base else f" with --rotary-base {base}"
-        yield (
-            f"the coefficients are fresh (seed {config.seed}): {load_dir} is a RoPE model{note}; everything "
-            "else is loaded from it"
-        )
-    elif weight == 1 and getattr(args, "fope_start_from_rope", None):
-        yield f"{START_FROM_ROPE} has no effect: {load_dir} holds coefficients, which are loaded"
-    if outgrown is not None:
-        sizes = [
-            f"{getattr(of, 'fope_kept_frequencies', '?')} x {getattr(of, 'fope_series', '?')}"
-            for of in (stored, args)
-        ]
-        yield (
-            f"the coefficients grow ({config.growth}) from train length {outgrown.train_length} to "
-            f"{config.train_length}, {sizes[0]} to {sizes[1]}; everything else is loaded from {load_dir}"
-        )
-        if base != config.rotary_base:
-            yield f"the rotary base changes from {base:g} to {config.rotary_base:g}"
-    elif getattr(args, "fope_grow", None):
-        why = "is a RoPE model" if from_rope else f"has train length {config.train_length} already"
-        yield f"{GROW} has no effect: {load_dir} {why}"
-    if weight < 1:
-        yield (
-            f"FoPE's weight against RoPE is {weight:g}, and 1 in {config.anneal_iters} iterations from "
-            f"iteration {args.fope_anneal_start}"
-        )
-
-
-def _with_shape_of(
-    outgrown: FoPEConfig, names: dict[str, list[str]], template: Any, args: Any
-) -> dict[str, Any]:
-    """A state dict that asks for the coefficients of another train length."""
-    head_dim = head_dim_of(args)
-    matrix = (outgrown.d_in(head_dim), outgrown.d_out(head_dim))
-
-    def resized(tensor: Any) -> Any:
-        local, whole = ((*shape[:-2], *matrix) for shape in (tensor.local_shape, tensor.global_shape))
-        data = tensor.data.new_empty(local)
-        return dataclasses.replace(tensor, data=data, local_shape=local, global_shape=whole)
-
-    parts = {
-        part: {name: resized(t) if name in wanted else t for name, t in template[part].items()}
-        for part, wanted in names.items()
-    }
-    return {**template, **parts}
-
-
 def _parts(state: Any) -> list[str]:
     """Where a state dict keeps the model: ``model``, or ``model0``, ``model1``, ... for virtual stages."""
     return [key for key in state or {} if re.fullmatch(r"model\d*", key)]
@@ -311,12 +234,12 @@ def _names_beside_attention(state: Any, args: Any) -> dict[str, list[str]]:
     }
 
 
-def _without(names: dict[str, list[str]], template: Any) -> dict[str, Any]:
-    """A state dict without some tensors of the model."""
-    parts = {
-        part: {name: tensor for name, tensor in template[part].items() if name not in removed}
-        for part, removed in names.items()
-    }
+def _requested(start: Start, template: Any, names: dict[str, list[str]]) -> dict[str, Any]:
+    """A state dict that asks for the coefficients that the file has."""
+    parts = {}
+    for part, wanted in names.items():
+        asked = {name: start.requested(t) if name in wanted else t for name, t in template[part].items()}
+        parts[part] = {name: tensor for name, tensor in asked.items() if tensor is not None}
     return {**template, **parts}
 
 

@@ -49,10 +49,6 @@ def release_shared_files(save: str | Path, step: int | str) -> None:
     Only names in this folder go; the files stay where else they are. The folder's tracker, which is written
     at the end of a save, becomes a file of its own.
 
-    Args:
-        save: what ``--save`` is.
-        step: number of the iteration that is about to be written, or "release".
-
     Raises:
         UserError: a link cannot be removed.
     """

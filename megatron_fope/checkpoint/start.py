@@ -1,8 +1,16 @@
-"""What a checkpoint may be that a run goes on from with other settings: RoPE, a shorter length, halfway."""
+"""What a run makes of a checkpoint: it resumes FoPE, starts FoPE from RoPE, or grows FoPE to a longer length.
+
+:func:`decide` answers once, from the run's arguments and the stored ones. Its answer knows the rest: what to
+refuse, which coefficients to ask the file for, what to put into the model, what to say.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
 
 from megatron_fope.arguments.flags import (
     CHANGE_BASE,
@@ -12,19 +20,19 @@ from megatron_fope.arguments.flags import (
     fope_config_from_args,
     fope_config_of_checkpoint,
 )
+from megatron_fope.arguments.megatron import dashes, head_dim_of, num_kv_heads_of
 from megatron_fope.arguments.rope import ROPE_TYPES, check_same_rope
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig, flag
 from megatron_fope.formula.growth import check_growth
 from megatron_fope.layers import anneal
 
+_SHAPES = ("kv_channels", "qk_pos_emb_head_dim", "num_attention_heads")
+"""Arguments that decide the shapes of attention's weights."""
+
 
 def check_start(args: Any) -> None:
-    """Refuse to continue a RoPE model that is nowhere: Megatron would start from random weights.
-
-    Raises:
-        UserError: naming the folders.
-    """
+    """Refuse to continue a RoPE model that is nowhere: Megatron would start from random weights."""
     if args.position_embedding_type != FOPE or not getattr(args, "fope_start_from_rope", None):
         return
     from megatron.training.checkpointing import checkpoint_exists
@@ -37,126 +45,303 @@ def check_start(args: Any) -> None:
         raise UserError(f"{START_FROM_ROPE} is given, but there is no checkpoint in {given}")
 
 
-def starts_from_rope(args: Any, checkpoint_args: Any, asked: str | None) -> bool:
-    """Whether the run asks to continue a RoPE checkpoint with FoPE, and this is one.
-
-    Args:
-        args: Megatron's arguments.
-        checkpoint_args: the arguments stored in the checkpoint.
-        asked: the position embedding type that the run asks for.
-    """
-    wanted = asked == FOPE and getattr(args, "fope_start_from_rope", None)
-    return bool(wanted) and getattr(checkpoint_args, "position_embedding_type", None) in ROPE_TYPES
-
-
-def outgrown_config(args: Any, checkpoint_args: Any) -> FoPEConfig | None:
-    """The settings of a FoPE checkpoint whose coefficients the run asks to grow, or None.
+def decide(args: Any, stored: Any, folder: Any, *, iteration: int = 0, release: bool = False) -> Start | None:
+    """How a run starts from a checkpoint, or None for a run without FoPE.
 
     Args:
         args: Megatron's validated arguments.
-        checkpoint_args: the arguments stored in the checkpoint.
-    """
-    if not getattr(args, "fope_grow", None):
-        return None
-    if getattr(checkpoint_args, "position_embedding_type", None) != FOPE:
-        return None
-    stored = fope_config_of_checkpoint(checkpoint_args, args)
-    changed = fope_config_from_args(args).differences(stored).keys() - {"learnable", "anneal_iters"}
-    return stored if changed else None
-
-
-def check_rope_start(args: Any, checkpoint_args: Any, where: str, release: bool) -> None:
-    """Refuse to continue a RoPE checkpoint as something that it is not.
-
-    Args:
-        args: Megatron's validated arguments.
-        checkpoint_args: the arguments stored in the checkpoint.
-        where: its folder, for messages.
+        stored: the arguments stored in the checkpoint.
+        folder: where it is, for messages.
+        iteration: its iteration.
         release: it is a "release" checkpoint, of which Megatron takes the weights only.
 
     Raises:
-        UserError: naming the flag.
+        UserError: the checkpoint is of RoPE and the run is not, or the other way round.
     """
-    _check_base(args, checkpoint_args, where)
-    config, start = fope_config_from_args(args), args.fope_start_from_rope
-    base = getattr(checkpoint_args, "rotary_base", args.rotary_base)
-    if start == "function-preserving" and float(base) != config.rotary_base:
-        raise UserError(
-            f"--rotary-base is {args.rotary_base}, but the checkpoint in {where} was trained with {base}; "
-            f"{START_FROM_ROPE} function-preserving keeps it, change it with immediate or later with {GROW}"
-        )
-    check_same_rope(args, checkpoint_args, config, where, strict=start != "immediate")
-    _check_optimizer_state(args, checkpoint_args, where, release, "the RoPE checkpoint")
-    if getattr(args, "fope_learnable", None) and getattr(args, "load_main_params_from_ckpt", False):
-        raise UserError(
-            f"--load-main-params-from-ckpt is given, but the RoPE checkpoint in {where} has no learnable "
-            "coefficients; leave it out"
-        )
-
-
-def check_outgrown(args: Any, checkpoint_args: Any, where: str, iteration: int, release: bool) -> None:
-    """Refuse growth that cannot be; arguments as for :func:`check_rope_start`, and the stored iteration.
-
-    Raises:
-        UserError: naming the flag and both values.
-    """
-    config, stored = fope_config_from_args(args), fope_config_of_checkpoint(checkpoint_args, args)
-    check_growth(stored, config, f"the checkpoint in {where}")
-    _check_base(args, checkpoint_args, where)
-    if not anneal.is_annealed(checkpoint_args, iteration):
-        done = anneal.annealed_iterations(checkpoint_args, iteration)
-        raise UserError(
-            f"{GROW} is given, but the start of the checkpoint in {where} is at {done} of "
-            f"{stored.anneal_iters} iterations; finish it first"
-        )
-    if config.learnable != stored.learnable and not args.finetune:
-        raise UserError(
-            f"{flag('learnable')} is {config.learnable}, but the checkpoint in {where} was trained with "
-            f"{stored.learnable}; use --finetune to accept that"
-        )
-    _check_optimizer_state(args, checkpoint_args, where, release, "the smaller checkpoint")
-
-
-def begin_annealing(
-    args: Any, checkpoint_args: Any, iteration: int, *, from_rope: bool, release: bool
-) -> None:
-    """Set where the start is, for this process and for the checkpoints that it saves.
-
-    Args:
-        args: Megatron's arguments; ``fope_anneal_start`` is written.
-        checkpoint_args: the arguments stored in the checkpoint that was loaded.
-        iteration: its iteration.
-        from_rope: it is a RoPE model.
-        release: it is a "release" checkpoint.
-    """
-    total = getattr(args, "fope_anneal_iters", None) or 0
-    completed = 0 if release or args.finetune else iteration  # as Megatron counts
-    done = 0
+    asked = args.position_embedding_type
+    from_rope = starts_from_rope(args, stored, asked)
     if not from_rope:
-        annealed = anneal.is_annealed(checkpoint_args, iteration)
-        done = total if annealed else anneal.annealed_iterations(checkpoint_args, iteration)
-    args.fope_anneal_start = completed - done
-    anneal.begin(args.fope_anneal_start, completed)
+        check_position_type(asked, stored, folder)
+    if asked != FOPE:
+        return None
+    grows = getattr(args, "fope_grow", None) and position_type_of(stored) == FOPE
+    kind = FromRope if from_rope else Grow if grows and changed_settings(args, stored) else Resume
+    return kind(args, stored, f"the checkpoint in {folder}", iteration, release)
 
 
-def _check_base(args: Any, checkpoint_args: Any, where: str) -> None:
-    stored = getattr(checkpoint_args, "rotary_base", None)
-    if stored is None or float(stored) == float(args.rotary_base):
-        return
-    if not getattr(args, "fope_change_rotary_base", None):
-        raise UserError(
-            f"--rotary-base is {args.rotary_base}, but the checkpoint in {where} was trained with {stored}; "
-            f"{CHANGE_BASE} accepts the change"
+def starts_from_rope(args: Any, stored: Any, asked: str | None) -> bool:
+    """Whether the run, whose position embedding is ``asked``, continues this RoPE checkpoint with FoPE."""
+    wanted = asked == FOPE and getattr(args, "fope_start_from_rope", None)
+    return bool(wanted) and position_type_of(stored) in ROPE_TYPES
+
+
+def position_type_of(stored: Any) -> str | None:
+    """``--position-embedding-type`` of a checkpoint, where its arguments name one."""
+    return getattr(stored, "position_embedding_type", None)
+
+
+def changed_settings(args: Any, stored: Any) -> dict[str, tuple[Any, Any]]:
+    """FoPE's settings that make another model than the checkpoint's: the run's value and the stored one."""
+    theirs = fope_config_of_checkpoint(stored, args)
+    changed = fope_config_from_args(args).differences(theirs)
+    return {field: values for field, values in changed.items() if field not in ("learnable", "anneal_iters")}
+
+
+def check_position_type(asked: str | None, stored: Any, folder: Any) -> None:
+    """Refuse a RoPE checkpoint in a FoPE run and the other way round."""
+    kind = position_type_of(stored)
+    if kind is not None and asked is not None and asked != kind and FOPE in (asked, kind):
+        hint = f"; {START_FROM_ROPE} continues it with fresh coefficients" if kind in ROPE_TYPES else ""
+        refuse_difference("--position-embedding-type", asked, kind, f"the checkpoint in {folder}", hint)
+
+
+def refuse_difference(name: str, value: Any, stored: Any, where: str, hint: str = "") -> None:
+    """Raise a :class:`UserError` that names a flag, its value and that of the checkpoint."""
+    raise UserError(f"{name} is {value!r}, but {where} was trained with {stored!r}{hint}")
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run with FoPE starts from one checkpoint."""
+
+    args: Any
+    """Megatron's arguments of the run, validated."""
+    stored: Any
+    """The arguments stored in the checkpoint."""
+    where: str
+    """How messages name it: "the checkpoint in FOLDER"."""
+    iteration: int = 0
+    release: bool = False
+
+    fresh: ClassVar[bool] = False
+    """Whether the checkpoint has no coefficients, and the model keeps those that it made."""
+
+    @cached_property
+    def config(self) -> FoPEConfig:
+        """The run's settings."""
+        return fope_config_from_args(self.args)
+
+    @cached_property
+    def stored_config(self) -> FoPEConfig:
+        """The settings of a checkpoint of FoPE."""
+        return fope_config_of_checkpoint(self.stored, self.args)
+
+    def check(self) -> None:
+        """Refuse coefficients that other settings made, or weights of another shape."""
+        self.check_settings()
+        values = {name: [getattr(of, name, None) for of in (self.args, self.stored)] for name in _SHAPES}
+        values["num_query_groups"] = [num_kv_heads_of(self.args), num_kv_heads_of(self.stored)]
+        for name, (value, stored) in values.items():
+            if None not in (value, stored) and value != stored:
+                refuse_difference(f"--{dashes(name)}", value, stored, self.where)
+        self._check_positions()
+
+    def check_settings(self) -> None:
+        """The part of :meth:`check` that each kind does in its own way."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Set where a function-preserving start is, for this process and the checkpoints that it saves."""
+        completed = 0 if self.release or self.args.finetune else self.iteration  # as Megatron counts
+        if self.fresh:
+            done = 0
+        elif anneal.is_annealed(self.stored, self.iteration):
+            done = getattr(self.args, "fope_anneal_iters", None) or 0
+        else:
+            done = anneal.annealed_iterations(self.stored, self.iteration)
+        self.args.fope_anneal_start = completed - done
+        anneal.begin(self.args.fope_anneal_start, completed)
+
+    def requested(self, tensor: Any) -> Any | None:
+        """What to ask the file for in place of a ``ShardedTensor`` of coefficients; None: nothing."""
+        return tensor
+
+    def loaded(self, value: Any) -> Any:
+        """What the model gets for coefficients that the file has."""
+        return value
+
+    def notes(self, folder: Any) -> Iterator[str]:
+        """What the flags about a start have done, one line each."""
+        flags = [getattr(self.args, f"fope_{name}", None) for name in ("start_from_rope", "grow")]
+        if not any((*flags, getattr(self.args, "fope_anneal_iters", None))):
+            return  # nothing to say, and a program's own arguments may lack what the settings need
+        total = self.config.anneal_iters
+        weight = anneal.current_weight(total)
+        base = getattr(self.stored, "rotary_base", self.config.rotary_base)
+        if weight == 1 and flags[0] and not self.fresh:
+            yield f"{START_FROM_ROPE} has no effect: {folder} holds coefficients, which are loaded"
+        yield from self._notes(folder, base)
+        if weight < 1:
+            yield (
+                f"FoPE's weight against RoPE is {weight:g}, and 1 in {total} iterations from iteration "
+                f"{self.args.fope_anneal_start}"
+            )
+
+    def _notes(self, folder: Any, base: float) -> Iterator[str]:
+        """Those of one kind; ``base`` is the checkpoint's."""
+        raise NotImplementedError
+
+    def _check_positions(self) -> None:
+        """Refuse another use of positions by Megatron itself, which the shapes of weights do not show."""
+        names = ["rotary_interleaved", "no_rope_freq"]
+        if getattr(self.args, "multi_latent_attention", False):
+            names += ["rotary_scaling_factor", "mscale_all_dim"]  # factors of the attention scores
+        for name in names:
+            if not hasattr(self.args, name) or not hasattr(self.stored, name):
+                continue
+            value, stored = getattr(self.args, name), getattr(self.stored, name)
+            if name == "no_rope_freq":
+                value, stored = (_unrotated(of, self.args.num_layers) for of in (value, stored))
+            if value != stored:
+                refuse_difference(f"--{dashes(name)}", value, stored, self.where)
+
+    def _check_base(self) -> None:
+        base, stored = self.args.rotary_base, getattr(self.stored, "rotary_base", None)
+        accepted = getattr(self.args, "fope_change_rotary_base", None)
+        if stored is not None and float(stored) != float(base) and not accepted:
+            raise UserError(
+                f"--rotary-base is {base}, but {self.where} was trained with {stored}; {CHANGE_BASE} accepts "
+                "the change"
+            )
+
+    def _check_optimizer_state(self) -> None:
+        """Coefficients that learn need an optimizer state, which there is none of for those that are new."""
+        args, no_state = self.args, getattr(self.stored, "no_save_optim", False)
+        if getattr(args, "fope_learnable", None) and not any(
+            (self.release, args.finetune, args.no_load_optim, no_state)
+        ):
+            raise UserError(
+                f"--fope-learnable is given, but {self.where} has no optimizer state for the coefficients; "
+                "use --no-load-optim or --finetune"
+            )
+
+
+class Resume(Start):
+    """A FoPE model goes on with the settings that it has; the coefficients come from the file."""
+
+    def check_settings(self) -> None:
+        config, stored = self.config, self.stored_config
+        differences = config.differences(stored)
+        if self.args.finetune:
+            differences.pop(
+                "learnable", None
+            )  # a new run may start or stop learning; the numbers are the same
+        if anneal.is_annealed(self.stored, self.iteration):
+            differences.pop("anneal_iters", None)
+        if differences and config.profile != stored.profile:
+            refuse_difference("--fope-profile", config.profile, stored.profile, self.where)
+        for field, (value, old) in differences.items():
+            hint = ""
+            if field == "anneal_iters":
+                hint = (
+                    f" and is in the middle; give {START_FROM_ROPE} function-preserving {flag(field)} {old}"
+                )
+            elif field == "train_length" and value > old:
+                hint = f"; {GROW} grows the coefficients"
+            refuse_difference(flag(field), value, old, self.where, hint)
+
+    def _notes(self, folder: Any, base: float) -> Iterator[str]:
+        if getattr(self.args, "fope_grow", None):
+            yield f"{GROW} has no effect: {folder} has train length {self.config.train_length} already"
+
+
+class FromRope(Start):
+    """A RoPE model becomes FoPE: everything but the coefficients, which are fresh, comes from the file."""
+
+    fresh = True
+
+    def check_settings(self) -> None:
+        self._check_base()
+        self.check_model()
+        self._check_optimizer_state()
+        args = self.args
+        if getattr(args, "fope_learnable", None) and getattr(args, "load_main_params_from_ckpt", False):
+            raise UserError(
+                f"--load-main-params-from-ckpt is given, but {self.where} has no learnable coefficients; "
+                "leave it out"
+            )
+
+    def check_model(self) -> None:
+        """Refuse to continue a RoPE model as something that it is not."""
+        start = self.args.fope_start_from_rope
+        base = getattr(self.stored, "rotary_base", self.args.rotary_base)
+        if start == "function-preserving" and float(base) != self.config.rotary_base:
+            raise UserError(
+                f"--rotary-base is {self.args.rotary_base}, but {self.where} was trained with {base}; "
+                f"{START_FROM_ROPE} function-preserving keeps it, change it with immediate or later "
+                f"with {GROW}"
+            )
+        check_same_rope(self.args, self.stored, self.config, self.where, strict=start != "immediate")
+
+    def requested(self, tensor: Any) -> None:
+        return None
+
+    def loaded(self, value: Any) -> Any:
+        from megatron_fope.layers.embedding import KEEP  # imports Megatron, which other commands need not
+
+        return KEEP
+
+    def _notes(self, folder: Any, base: float) -> Iterator[str]:
+        changed = "" if base == self.config.rotary_base else f" with --rotary-base {base}"
+        yield (
+            f"the coefficients are fresh (seed {self.config.seed}): {folder} is a RoPE model{changed}; "
+            "everything else is loaded from it"
         )
+        if getattr(self.args, "fope_grow", None):
+            yield f"{GROW} has no effect: {folder} is a RoPE model"
 
 
-def _check_optimizer_state(args: Any, checkpoint_args: Any, where: str, release: bool, what: str) -> None:
-    """Coefficients that learn need an optimizer state, which there is none of for those that are new."""
-    if not getattr(args, "fope_learnable", None):
-        return
-    without_state = (args.finetune, args.no_load_optim, getattr(checkpoint_args, "no_save_optim", False))
-    if not release and not any(without_state):
-        raise UserError(
-            f"--fope-learnable is given, but {what} in {where} has no optimizer state for the "
-            "coefficients; use --no-load-optim or --finetune"
+class Grow(Start):
+    """A FoPE model goes on with a longer train length: its coefficients grow while they are loaded."""
+
+    def check_settings(self) -> None:
+        self.check_model()
+        self._check_base()
+        learnable, stored = self.config.learnable, self.stored_config.learnable
+        if learnable != stored and not self.args.finetune:
+            refuse_difference(
+                flag("learnable"), learnable, stored, self.where, "; use --finetune to accept that"
+            )
+        self._check_optimizer_state()
+
+    def check_model(self) -> None:
+        """Refuse growth that cannot be."""
+        check_growth(self.stored_config, self.config, self.where)
+        if not anneal.is_annealed(self.stored, self.iteration):
+            done = anneal.annealed_iterations(self.stored, self.iteration)
+            raise UserError(
+                f"{self.where} holds a model whose start from RoPE is at {done} of "
+                f"{self.stored_config.anneal_iters} iterations; finish it first"
+            )
+
+    def requested(self, tensor: Any) -> Any:
+        head_dim = head_dim_of(self.args)
+        matrix = (self.stored_config.d_in(head_dim), self.stored_config.d_out(head_dim))
+        local, whole = ((*shape[:-2], *matrix) for shape in (tensor.local_shape, tensor.global_shape))
+        data = tensor.data.new_empty(local)
+        return dataclasses.replace(tensor, data=data, local_shape=local, global_shape=whole)
+
+    def loaded(self, value: Any) -> Any:
+        from megatron_fope.layers.embedding import Outgrown
+
+        return Outgrown(value, self.stored_config)
+
+    def _notes(self, folder: Any, base: float) -> Iterator[str]:
+        sizes = [
+            f"{getattr(of, 'fope_kept_frequencies', '?')} x {getattr(of, 'fope_series', '?')}"
+            for of in (self.stored, self.args)
+        ]
+        yield (
+            f"the coefficients grow ({self.config.growth}) from train length "
+            f"{self.stored_config.train_length} to {self.config.train_length}, {sizes[0]} to {sizes[1]}; "
+            f"everything else is loaded from {folder}"
         )
+        if base != self.config.rotary_base:
+            yield f"the rotary base changes from {base:g} to {self.config.rotary_base:g}"
+
+
+def _unrotated(no_rope_freq: int | list[int] | None, num_layers: int | None) -> int | list[int] | None:
+    """1 for every layer without positions, as Megatron expands ``--no-rope-freq``."""
+    if isinstance(no_rope_freq, int) and num_layers:
+        return [int((layer + 1) % no_rope_freq == 0) for layer in range(num_layers)]
+    return no_rope_freq

@@ -15,15 +15,15 @@ import pytest
 from forks import Launcher
 from launch import ROOT, TINY_MODEL
 
-from megatron_fope.arguments.megatron import check_layout
+from megatron_fope.arguments.layout import Layout, check_layout
 from megatron_fope.common.errors import UserError
 from megatron_fope.tools.cli import main
 from megatron_fope.tools.planning.activations import activations, in_flight
 from megatron_fope.tools.planning.cluster import Cluster
 from megatron_fope.tools.planning.communication import communication, cp_bytes
-from megatron_fope.tools.planning.layout import Layout, legal_layouts
+from megatron_fope.tools.planning.layout import legal_layouts
 from megatron_fope.tools.planning.model import read_model, read_training
-from megatron_fope.tools.planning.search import LONGEST_BUBBLE, own_layout, plan
+from megatron_fope.tools.planning.search import LONGEST_BUBBLE, plan
 from megatron_fope.tools.planning.states import parameters, states
 
 LLAMA = shlex.split(
@@ -150,6 +150,11 @@ def launcher() -> Iterator[Launcher]:
 TINY = [*TINY_MODEL, "--train-iters", "1", "--position-embedding-type", "fope"]
 
 
+def layout_on(ranks: int, args: Any) -> Layout:
+    args.world_size = ranks
+    return Layout.of(args)
+
+
 def measured(launcher: Launcher, folder: Path, ranks: int, flags: str, hook: str) -> list[list[int]]:
     """What each rank wrote, in the order of ranks."""
     argv = ["--cpu", "pretrain", *TINY, *shlex.split(flags)]
@@ -166,7 +171,7 @@ def test_parameters_gradients_and_optimizer(
     ranks, flags = STATES[case]
     args = parse(TINY, flags)
     model, training = read_model(args), read_training(args)
-    layout = own_layout(args, Cluster(ranks, 80))
+    layout = layout_on(ranks, args)
     found = measured(launcher, tmp_path, ranks, flags, HELD)
     for rank in range(ranks):
         stage = rank * layout.pp // ranks
@@ -181,7 +186,7 @@ def test_activations(case: str, launcher: Launcher, parse: Any, tmp_path: Path) 
     ranks, flags = KEEPING[case]
     args = parse(TINY, flags)
     model, training = read_model(args), read_training(args)
-    layout = own_layout(args, Cluster(ranks, 80))
+    layout = layout_on(ranks, args)
     calculated = activations(model, training, layout, stage=0)
     # The 16-bit logits are alive when those in float32 are made, but are not kept.
     logits = 2 * training.micro_batch * training.seq_length * model.padded_vocabulary(layout.tp) / layout.tp
@@ -230,7 +235,7 @@ def test_bytes_of_context_parallelism(parse: Any) -> None:
     def sent(flags: str, cp: int = 8) -> float:
         args = parse(LLAMA_8B, f"--num-layers 2 --context-parallel-size {cp} {flags}")
         model, training = read_model(args), read_training(args)
-        return cp_bytes(model, training, own_layout(args, Cluster(8, 80)), [0, 1]) / 2
+        return cp_bytes(model, training, layout_on(8, args), [0, 1]) / 2
 
     assert sent("") == 3 * 7 * key_and_value
     assert sent("--cp-comm-type a2a") == 2 * 7 / 8 * (key_and_value + query_and_output)
@@ -282,7 +287,7 @@ def test_every_layout_is_one_that_training_accepts(parse: Any) -> None:
         given = parse(LLAMA_8B, flags, layout.flags(moe=True))
         given.world_size = 48
         check_layout(given)
-        assert own_layout(given, cluster) == layout
+        assert Layout.of(given) == layout
 
 
 def test_mask_of_the_data_loader(parse: Any, capsys: pytest.CaptureFixture[str]) -> None:

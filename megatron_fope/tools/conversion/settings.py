@@ -13,14 +13,13 @@ from megatron_fope.arguments.flags import (
     START_FROM_ROPE,
     check_start_flags,
     fope_config_from_args,
+    fope_config_of_checkpoint,
     resolve_fope_arguments,
 )
 from megatron_fope.arguments.rope import ROPE_TYPES
-from megatron_fope.checkpoint.start import check_rope_start
+from megatron_fope.checkpoint.start import FromRope, Grow
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
-from megatron_fope.formula.growth import check_growth
-from megatron_fope.layers import anneal
 from megatron_fope.tools.conversion.source import Checkpoint
 
 ROPE = "rope"
@@ -75,7 +74,7 @@ def plan(
         _require_positive("--seq-length", seq_length)
         args.seq_length = seq_length
         args.max_position_embeddings = max(args.max_position_embeddings or 0, seq_length)
-    old = fope_config_from_args(checkpoint.args) if kind == FOPE else None
+    old = fope_config_of_checkpoint(checkpoint.args, checkpoint.args) if kind == FOPE else None
     _refuse_optimizer_of_learnable(checkpoint, old)
     if start is not None and (old is not None or position_embedding_type == ROPE):
         raise UserError(f"{START_FROM_ROPE} is {start!r}; requires a SOURCE of RoPE that becomes FoPE")
@@ -93,7 +92,7 @@ def plan(
         new = _start(checkpoint, args, start)
     else:
         new = fope_config_from_args(args)
-        _check_grown(checkpoint, old, new)
+        Grow(args, checkpoint.args, "SOURCE", _number(checkpoint)).check_model()
     _refuse_optimizer_of_learnable(checkpoint, new)
     resolve_fope_arguments(args, new)
     return Settings(args, old, new)
@@ -110,23 +109,10 @@ def _start(checkpoint: Checkpoint, args: Any, start: str | None) -> FoPEConfig:
             f"--fope-train-length is {config.train_length}, but SOURCE was trained with {trained}; "
             f"allowed: at least {trained}"
         )
-    # Another base is asked for by its flag, and the optimizer has a check of its own here.
-    asked = {"fope_change_rotary_base": True, "no_load_optim": True, "load_main_params_from_ckpt": False}
-    view = argparse.Namespace(**{"finetune": False} | vars(args) | asked | {"fope_start_from_rope": start})
-    check_rope_start(view, checkpoint.args, str(checkpoint.folder), checkpoint.iteration == "release")
+    FromRope(args, checkpoint.args, f"the checkpoint in {checkpoint.folder}").check_model()
     if config.anneal_iters:
         args.fope_anneal_start = _number(checkpoint)
     return config
-
-
-def _check_grown(checkpoint: Checkpoint, old: FoPEConfig, new: FoPEConfig) -> None:
-    check_growth(old, new, "SOURCE")
-    if not anneal.is_annealed(checkpoint.args, _number(checkpoint)):
-        done = anneal.annealed_iterations(checkpoint.args, _number(checkpoint))
-        raise UserError(
-            f"SOURCE is {str(checkpoint.folder)!r}, whose start from RoPE is at {done} of "
-            f"{old.anneal_iters} iterations; finish it first"
-        )
 
 
 def _number(checkpoint: Checkpoint) -> int:

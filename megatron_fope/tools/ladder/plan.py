@@ -13,9 +13,7 @@ stage leaves behind is described by its own arguments.
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -23,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fope.arguments.checks import check_model, check_numbers, check_run_layout
+from megatron_fope.arguments.checks import check_model, check_numbers
 from megatron_fope.arguments.flags import (
     CHANGE_BASE,
     FOPE,
@@ -32,14 +30,15 @@ from megatron_fope.arguments.flags import (
     STARTS,
     check_start_flags,
     fope_config_from_args,
-    fope_config_of_checkpoint,
     resolve_fope_arguments,
 )
+from megatron_fope.arguments.layout import Layout, check_layout
 from megatron_fope.arguments.megatron import head_dim_of
 from megatron_fope.arguments.parser import megatron_parser, parse
 from megatron_fope.arguments.rope import ROPE_TYPES
-from megatron_fope.checkpoint.arguments import check_against_checkpoint, check_legacy_layout
+from megatron_fope.checkpoint.arguments import check_legacy_layout
 from megatron_fope.checkpoint.files import TRACKER
+from megatron_fope.checkpoint.start import changed_settings, decide
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import flag
 from megatron_fope.tools.ladder.schedule import OWNED, Schedule, Stage
@@ -256,7 +255,7 @@ def _check(args: Any, source: Source) -> None:
         if not getattr(args, name) and getattr(args, "hybrid_layer_pattern", None) is None:
             raise UserError(f"--{name.replace('_', '-')} is missing")
     check_model(args)
-    check_run_layout(args, world_name="gpus")
+    check_layout(args, world_name="gpus", complete=True)
     if args.save_interval < 1:
         raise UserError(f"--save-interval is {args.save_interval}; allowed: 1 or more")
     for name in ("min_lr", "lr_warmup_init"):
@@ -289,11 +288,11 @@ def _check_source(args: Any, source: Source) -> None:
         # All that is known of it; the other settings are taken to be those of the schedule.
         known = {**vars(args), "seq_length": stored.seq_length, "fope_train_length": stored.seq_length}
         stored = argparse.Namespace(**{**known, "rotary_base": stored.rotary_base})
-    filled = copy.copy(args)
-    resolve_fope_arguments(filled, dataclasses.replace(fope_config_from_args(args), backend="auto"))
     release = source.iteration == "release"
     iteration = 0 if release else int(source.iteration)
-    check_against_checkpoint(filled, stored, source.where, iteration=iteration, release=release)
+    start = decide(args, stored, source.where, iteration=iteration, release=release)
+    if start is not None:
+        start.check()
     for name in _COMPARED:
         value, before = getattr(args, name, None), getattr(stored, name, None)
         if None not in (value, before) and value != before:
@@ -312,15 +311,11 @@ def _train_length(args: Any) -> int:
 def _notes(args: Any, source: Source) -> list[str]:
     """What a stage does, for the one who reads the plan."""
     length, batch = args.seq_length, args.global_batch_size * args.seq_length
-    sizes = {
-        "TP": args.tensor_model_parallel_size,
-        "PP": args.pipeline_model_parallel_size,
-        "CP": args.context_parallel_size,
-    }
-    sizes["DP"] = args.world_size // math.prod(sizes.values())
-    if (expert := getattr(args, "expert_model_parallel_size", None) or 1) > 1:
-        sizes["EP"] = expert
-    layout = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    layout = Layout.of(args)
+    sizes = {"TP": layout.tp, "PP": layout.pp, "CP": layout.cp, "DP": layout.dp}
+    if layout.ep > 1:
+        sizes["EP"] = layout.ep
+    shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
     kind = "RoPE" if source.args.position_embedding_type in ROPE_TYPES else "FoPE"
     known = "" if source.read else "; not here, [start] says so"
     base, before = f"{args.rotary_base:g}", getattr(source.args, "rotary_base", args.rotary_base)
@@ -328,7 +323,7 @@ def _notes(args: Any, source: Source) -> list[str]:
     return [
         f"{length} tokens, {args.train_iters} iterations of {args.global_batch_size} sequences "
         f"({batch:,} tokens), {args.train_iters * batch:,} tokens in all, lr {args.lr:g}",
-        f"{args.world_size} ranks: {layout}; {length // sizes['CP']} tokens of a sequence on a rank",
+        f"{args.world_size} ranks: {shown}; {length // layout.cp} tokens of a sequence on a rank",
         f"from {source.where} ({kind}, {_train_length(source.args)} tokens{known})",
         f"rotary base {base if float(before) == float(args.rotary_base) else f'{before:g} -> {base}'}, "
         f"{kept} of {kept + args.fope_clipped_frequencies} frequencies kept, {args.fope_series} of {pairs} "
@@ -345,13 +340,11 @@ def check_saved(rung: Rung, stored: Any) -> None:
     where = f"stage {rung.number}: {rung.folder}"
     if getattr(stored, "position_embedding_type", None) != FOPE:
         raise UserError(f"{where} holds no FoPE model; give the stage another name")
-    mine, theirs = fope_config_from_args(rung.args), fope_config_of_checkpoint(stored, rung.args)
-    for field, (value, other) in mine.differences(theirs).items():
-        if field not in ("learnable", "anneal_iters"):
-            raise UserError(
-                f"{where} was trained with {flag(field)} {other}, the schedule says {value}; give the stage "
-                "another name"
-            )
+    for field, (value, other) in changed_settings(rung.args, stored).items():
+        raise UserError(
+            f"{where} was trained with {flag(field)} {other}, the schedule says {value}; give the stage "
+            "another name"
+        )
 
 
 def _words(flags: dict[str, list[str]]) -> list[str]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_fope.tools.planning.layout import Layout
+from megatron_fope.arguments.layout import Layout
 from megatron_fope.tools.planning.model import Model, Training
 from megatron_fope.tools.planning.states import layers_of_stage
 
@@ -88,7 +88,7 @@ def in_flight(training: Training, layout: Layout, stage: int) -> float:
     One forward, one backward: PP minus the stage. Interleaved, in chunks: PP x VPP + PP - 1 on the first
     stage, two fewer on each that follows.
     """
-    count = layout.microbatches(training)
+    count = layout.microbatches(training.global_batch, training.micro_batch)
     if layout.vpp == 1:
         return min(count, layout.pp - stage)
     chunks = layout.pp * layout.vpp + layout.pp - 1 - 2 * stage

@@ -25,8 +25,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_fope.arguments.layout import Layout
 from megatron_fope.tools.planning.cluster import Cluster
-from megatron_fope.tools.planning.layout import Layout
 from megatron_fope.tools.planning.model import Model, Training
 from megatron_fope.tools.planning.states import Parameters, layers_of_stage
 
@@ -78,7 +78,7 @@ def communication(
     numbers, tp, cp, ep = training.parameter, layout.tp, layout.cp, layout.ep
     layers = layers_of_stage(model, layout, stage)
     moe = sum(model.moe[layer] for layer in layers)
-    steps = layout.microbatches(training)
+    steps = layout.microbatches(training.global_batch, training.micro_batch)
     tokens = training.micro_batch * training.seq_length / cp
     whole = numbers * tokens * model.hidden
     again = training.recompute == "full"

@@ -1,70 +1,16 @@
-"""A parallel layout: how a model is cut among the ranks, and which layouts a model can be cut into."""
+"""Which parallel layouts a model can be cut into."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import SimpleNamespace
 
-from megatron_fope.arguments.checks import check_run_layout
+from megatron_fope.arguments.layout import Layout, check_layout
 from megatron_fope.common.errors import UserError
 from megatron_fope.tools.planning.cluster import Cluster
 from megatron_fope.tools.planning.model import Model, Training
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of all groups of ranks; TP x PP x CP x DP ranks in all."""
-
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    ep: int = 1
-    etp: int = 1
-    """Tensor-parallel size of experts."""
-    dp: int = 1
-    vpp: int = 1
-    """Model chunks of a rank (interleaved pipeline)."""
-    sequence_parallel: bool = False
-
-    @property
-    def ranks(self) -> int:
-        return self.tp * self.pp * self.cp * self.dp
-
-    @property
-    def expert_dp(self) -> int:
-        """Ranks that hold the same experts."""
-        return self.ranks // (self.etp * self.ep * self.pp)
-
-    def microbatches(self, training: Training) -> int:
-        """Micro-batches of one data-parallel rank in a step."""
-        return training.global_batch // (training.micro_batch * self.dp)
-
-    def bubble(self, training: Training) -> float:
-        """Share of a step in which the pipeline waits: (PP - 1) of every (micro-batches x VPP + PP - 1)."""
-        return (self.pp - 1) / (self.microbatches(training) * self.vpp + self.pp - 1)
-
-    def flags(self, moe: bool) -> list[str]:
-        """Megatron's flags for it, as words."""
-        sizes = {
-            "tensor-model-parallel-size": self.tp,
-            "pipeline-model-parallel-size": self.pp,
-            "context-parallel-size": self.cp,
-        }
-        if moe:
-            sizes |= {"expert-model-parallel-size": self.ep, "expert-tensor-parallel-size": self.etp}
-        if self.vpp > 1:
-            sizes["num-virtual-stages-per-pipeline-rank"] = self.vpp
-        words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
-        return [*words, "--sequence-parallel"] if self.sequence_parallel else words
-
-    def __str__(self) -> str:
-        sizes = {"TP": self.tp, "PP": self.pp, "CP": self.cp, "EP": self.ep, "ETP": self.etp, "DP": self.dp}
-        if self.ep == 1:
-            del sizes["EP"], sizes["ETP"]
-        return " x ".join(f"{name} {size}" for name, size in sizes.items())
 
 
 def legal_layouts(model: Model, training: Training, cluster: Cluster, etp: int | None) -> Iterator[Layout]:
@@ -105,16 +51,10 @@ def divides(model: Model, training: Training, layout: Layout) -> bool:
         num_distributed_optimizer_instances=training.instances,
         cp_comm_type=list(set(training.cp_comm_types)),
         hierarchical_context_parallel_sizes=list(training.hierarchical),
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
-        num_virtual_stages_per_pipeline_rank=layout.vpp if layout.vpp > 1 else None,
-        sequence_parallel=layout.sequence_parallel,
+        **layout.arguments(),
     )
     try:
-        check_run_layout(asked)
+        check_layout(asked, complete=True)
     except UserError:
         return False
     return True

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_fope import compat
-from megatron_fope.arguments.checks import check_run_layout
+from megatron_fope.arguments.layout import Layout, check_layout
 from megatron_fope.common.errors import UserError
 from megatron_fope.tools.planning.activations import Activations, activations
 from megatron_fope.tools.planning.cluster import Cluster
 from megatron_fope.tools.planning.communication import Communication, communication
-from megatron_fope.tools.planning.layout import Layout, legal_layouts
+from megatron_fope.tools.planning.layout import legal_layouts
 from megatron_fope.tools.planning.model import Model, Training, read_model, read_training
 from megatron_fope.tools.planning.states import Parameters, States, parameters, states
 
@@ -175,11 +175,13 @@ def estimate(model: Model, training: Training, layout: Layout, cluster: Cluster)
     if layout.pp > 2 and len(set(model.moe)) == 1:
         stages = (0, 1, layout.pp - 1)  # those between hold less than the second
     memory = max((memory_of(model, training, layout, s) for s in stages), key=lambda one: one.total)
+    steps = layout.microbatches(training.global_batch, training.micro_batch)
     return Estimate(
         layout,
         memory,
         communication(model, training, layout, cluster, memory.parameters, memory.stage),
-        bubble=layout.bubble(training),
+        # (PP - 1) of every (micro-batches x VPP + PP - 1) steps of the pipeline
+        bubble=(layout.pp - 1) / (steps * layout.vpp + layout.pp - 1),
         fits=memory.total <= cluster.usable,
     )
 
@@ -200,26 +202,6 @@ def memory_of(model: Model, training: Training, layout: Layout, stage: int) -> M
     )
 
 
-def own_layout(args: Any, cluster: Cluster) -> Layout:
-    """The layout that Megatron's arguments ask for."""
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    cp = args.context_parallel_size
-    if per_chunk := getattr(args, "num_layers_per_virtual_pipeline_stage", None):
-        vpp = args.num_layers // (pp * per_chunk)
-    else:
-        vpp = getattr(args, "num_virtual_stages_per_pipeline_rank", None) or 1
-    return Layout(
-        tp,
-        pp,
-        cp,
-        args.expert_model_parallel_size,
-        getattr(args, "expert_tensor_parallel_size", None) or tp,
-        cluster.gpus // (tp * pp * cp),
-        vpp,
-        args.sequence_parallel and tp > 1,
-    )
-
-
 _SIZES = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size", "num_distributed_optimizer_instances"),
@@ -233,13 +215,12 @@ def _own(args: Any, model: Model, training: Training, cluster: Cluster) -> Estim
     checked = copy.copy(args)
     checked.world_size, checked.ffn_hidden_size = cluster.gpus, model.ffn
     try:
-        check_run_layout(checked, world_name="--gpus")
+        check_layout(checked, world_name="--gpus", complete=True)
     except UserError:
         if all((getattr(args, name, None) or 1) == 1 for name in _SIZES):
             return None  # no layout is given: one is looked for
         raise
-    layout = own_layout(args, cluster)
-    return estimate(model, training, layout, cluster)
+    return estimate(model, training, Layout.of(checked), cluster)
 
 
 def _megatron(args: Any, model: Model, training: Training, layout: Layout) -> tuple[float, float]:
@@ -250,4 +231,4 @@ def _megatron(args: Any, model: Model, training: Training, layout: Layout) -> tu
     filled.world_size, filled.data_parallel_size = layout.ranks, layout.dp
     filled.expert_tensor_parallel_size = layout.etp
     filled.virtual_pipeline_model_parallel_size = layout.vpp if layout.vpp > 1 else None
-    return compat.theoretical_memory(filled, layout.microbatches(training))
+    return compat.theoretical_memory(filled, layout.microbatches(training.global_batch, training.micro_batch))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_fope.tools.planning.layout import Layout
+from megatron_fope.arguments.layout import Layout
 from megatron_fope.tools.planning.model import Model, Training
 
 
