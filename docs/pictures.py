@@ -11,6 +11,7 @@ import torch
 
 from megatron_fope import FoPEConfig
 from megatron_fope.formula import functional
+from megatron_fope.formula.geometry import Geometry
 from megatron_fope.kernels.torch_rotary import rotate
 
 matplotlib.use("Agg")
@@ -37,8 +38,9 @@ def series(axes: Any) -> None:
     """The cosine of one channel pair: a single frequency, and the series around it."""
     fope = FoPEConfig.from_profile("paper", train_length=LENGTH, gain=0.4)
     positions = torch.arange(256)
-    _, cos = functional.fourier_basis(positions, fope.inv_freq(HEAD_DIM))
-    coefficients = fope.make_coefficients(4, HEAD_DIM, layer=1)["cos_coef"]
+    geometry = Geometry(fope, HEAD_DIM, 4)
+    _, cos = functional.fourier_basis(positions, geometry.inv_freq)
+    coefficients = geometry.make_coefficients(layer=1)["cos_coef"]
     mixed = functional.mix_basis(cos, coefficients)
     pair = 6
     axes.plot(positions, cos[:, pair], color=ROPE, label="RoPE: one frequency")
@@ -64,8 +66,9 @@ def attention(axes: Any) -> None:
     identity = {"init": "identity", "square": True, "clip": False, "pad_value": "0,1"}
     for label, color, options in (("RoPE", ROPE, identity), ("FoPE", FOPE, {"gain": 0.4})):
         fope = FoPEConfig.from_profile("paper", train_length=LENGTH, **options)
-        basis = functional.fourier_basis(positions, fope.inv_freq(HEAD_DIM))
-        coefficients = fope.make_coefficients(256, HEAD_DIM, layer=1)
+        geometry = Geometry(fope, HEAD_DIM, 256)
+        basis = functional.fourier_basis(positions, geometry.inv_freq)
+        coefficients = geometry.make_coefficients(layer=1)
         # Query and key are the same vector: what remains is the position embedding's own preference.
         query, key = rotate(vectors, vectors, *basis, coefficients, fope)
         scores = (query[0] * key).sum(-1)[:, 0].mean(-1)

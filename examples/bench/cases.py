@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import PROFILES, FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = ("split", "contiguous")
@@ -125,10 +126,10 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         UserError: settings that FoPE refuses.
     """
     fope = case.fope()
-    inv_freq = fope.inv_freq(case.head_dim)
+    geometry = Geometry(fope, case.head_dim, case.kv_heads)
     positions = torch.arange(case.tokens, device=device)
-    sin_basis, cos_basis = functional.fourier_basis(positions, inv_freq.to(device))
-    coefficients = fope.make_coefficients(case.kv_heads, case.head_dim, layer=1)
+    sin_basis, cos_basis = functional.fourier_basis(positions, geometry.inv_freq.to(device))
+    coefficients = geometry.make_coefficients(layer=1)
     rope = functional.inverse_frequencies(case.head_dim, case.rotary_base).to(device)
     angles = torch.outer(positions.float(), rope).repeat(1, 2)[:, None, None]
     generator = torch.Generator(device).manual_seed(1)
@@ -210,7 +211,7 @@ def parse_cases(device: torch.device, given: dict[str, Any]) -> list[Case]:
         heads, kv_heads = settings.pop("heads")
         case = Case(heads=heads, kv_heads=kv_heads, **settings)
         try:
-            case.fope().check_model(case.head_dim)
+            Geometry(case.fope(), case.head_dim)
         except UserError as error:
             raise UserError(f"--sequence {case.tokens} with --head-dim {case.head_dim}: {error}") from None
         cases.append(case)

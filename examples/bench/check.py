@@ -18,6 +18,7 @@ from torch import Tensor
 from bench.cases import Inputs
 from bench.providers import Call, Provider
 from megatron_fope.formula import functional
+from megatron_fope.formula.geometry import Geometry
 
 _CHUNK = 1 << 22
 """Elements of the query compared at a time: float64 takes a multiple of the memory of the tensors."""
@@ -66,10 +67,8 @@ class Expected:
         }
         if self.computes == "fope":
             learning = [c for c in coefficients.values() if c.requires_grad]
-            sin, cos = inputs.fope.mix(
-                inputs.sin_basis[rows].to(dtype), inputs.cos_basis[rows].to(dtype), coefficients,
-                leaves[0].size(-1),
-            )  # fmt: skip
+            bases = (basis[rows].to(dtype) for basis in (inputs.sin_basis, inputs.cos_basis))
+            sin, cos = Geometry(inputs.fope, leaves[0].size(-1)).tables(*bases, coefficients)
         else:
             learning = []
             angles = inputs.angles[rows, 0, :, : leaves[0].size(-1) // 2].to(dtype)

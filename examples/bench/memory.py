@@ -17,6 +17,7 @@ from bench.published import rotate_as_published
 from bench.table import markdown
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import PROFILES, FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 
 MARKDOWN = "memory.md"
 LENGTHS = (8192, 131072, 1048576)
@@ -76,7 +77,7 @@ def measure_shared(profile: str, length: int, cp_size: int, device: torch.device
     _also_alive, saved_again = saved_for_backward(lambda: run(second))
     known = saved | storages(second.coefficients().values())
     more += sum(size for address, size in saved_again.items() if address not in known)
-    return Shared(profile, length, cp_size, fope.d_in(HEAD_DIM), shared, more)
+    return Shared(profile, length, cp_size, Geometry(fope, HEAD_DIM).d_in, shared, more)
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,9 @@ def measure_layers(device: torch.device, tokens: int = LAYER_TOKENS) -> list[Lay
         measured.append(_measure_layer(name, layer, layer.coefficients(), known, tokens, device))
     fope = FoPEConfig.from_profile("paper", train_length=tokens, rotary_base=BASE)
     positions = torch.arange(tokens, device=device)
-    basis = functional.fourier_basis(positions, fope.inv_freq(HEAD_DIM).to(device))
-    coefficients = {k: v.to(device) for k, v in fope.make_coefficients(KV_HEADS, HEAD_DIM, layer=1).items()}
+    geometry = Geometry(fope, HEAD_DIM, KV_HEADS)
+    basis = functional.fourier_basis(positions, geometry.inv_freq.to(device))
+    coefficients = {k: v.to(device) for k, v in geometry.make_coefficients(layer=1).items()}
     known = storages([*basis, *coefficients.values()])
     measured.append(
         _measure_layer(

@@ -13,6 +13,7 @@ from torch import Tensor
 from bench.cases import Case, Inputs
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula import functional
+from megatron_fope.formula.geometry import Geometry
 
 Pair = tuple[Tensor, Tensor]
 
@@ -116,7 +117,8 @@ def _without_triton(case: Case, device: torch.device) -> str | None:
 
 def _tables(inputs: Inputs) -> Pair:
     """The formula's tables for ``[s, b, heads, head_dim]``."""
-    sin, cos = inputs.fope.mix(inputs.sin_basis, inputs.cos_basis, inputs.coefficients, inputs.query.size(-1))
+    geometry = Geometry(inputs.fope, inputs.query.size(-1))
+    sin, cos = geometry.tables(inputs.sin_basis, inputs.cos_basis, inputs.coefficients)
     return sin[:, None], cos[:, None]
 
 

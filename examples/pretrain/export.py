@@ -25,6 +25,7 @@ from megatron_fope.arguments.flags import fope_config_of_checkpoint
 from megatron_fope.arguments.megatron import num_kv_heads_of
 from megatron_fope.common.command_line import OneLineParser, command, whole
 from megatron_fope.common.staging import staging_folder
+from megatron_fope.formula.geometry import Geometry, effective_coefficients
 from megatron_fope.layers.anneal import is_annealed
 from megatron_fope.tools.conversion.source import Checkpoint, is_optimizer, open_checkpoint
 
@@ -192,11 +193,11 @@ def weights(source: Checkpoint, config: dict[str, Any]) -> Iterator[tuple[str, T
             )
     if "auto_map" in config:
         fope = fope_config_of_checkpoint(source.args, source.args)
-        names = ("sin_coef", "cos_coef") if fope.separate_basis else ("fourier_coef",)
+        names = fope.coefficient_names
         columns = zip(*(read_layers(f"self_attention.fope.{name}") for name in names), strict=True)
         for entries in columns:
             stored = {name: value.float() for name, (_, value) in zip(names, entries, strict=True)}
-            sin, cos = fope.effective_coefficients(stored)
+            sin, cos = effective_coefficients(fope, stored)
             prefix = f"model.layers.{entries[0][0]}.self_attn"
             yield f"{prefix}.sin_coef", sin.clone()
             yield f"{prefix}.cos_coef", cos.clone()
@@ -241,8 +242,8 @@ def _fope(source: Checkpoint, config: dict[str, Any], where: str) -> dict[str, A
     if not is_annealed(source.args, step):
         raise UserError(f"{where}: its start from RoPE is still being annealed; finish it first")
     fope = fope_config_of_checkpoint(source.args, source.args)
-    head_dim, kv_heads = config["head_dim"], config["num_key_value_heads"]
-    pad_sin, pad_cos = fope.pad
+    geometry = Geometry(fope, config["head_dim"], config["num_key_value_heads"])
+    pad_sin, pad_cos = fope.scaled_pad
     module = MODELING.stem
     return {
         "architectures": ["FopeLlamaForCausalLM"],
@@ -252,11 +253,11 @@ def _fope(source: Checkpoint, config: dict[str, Any], where: str) -> dict[str, A
             "AutoModel": f"{module}.FopeLlamaModel",
             "AutoModelForCausalLM": f"{module}.FopeLlamaForCausalLM",
         },
-        "fope_inv_freq": fope.inv_freq(head_dim).tolist(),
-        "fope_series": fope.d_out(head_dim),
-        "fope_heads": kv_heads if fope.separate_heads else 1,
-        "fope_pad_sin": pad_sin * fope.attention_scaling,
-        "fope_pad_cos": pad_cos * fope.attention_scaling,
+        "fope_inv_freq": geometry.inv_freq.tolist(),
+        "fope_series": geometry.d_out,
+        "fope_heads": geometry.coefficient_shape[0],
+        "fope_pad_sin": pad_sin,
+        "fope_pad_cos": pad_cos,
         "fope_exact_angles": fope.exact_angles,
         "fope_learnable": fope.learnable,
     }

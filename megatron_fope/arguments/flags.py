@@ -12,16 +12,8 @@ from megatron_fope.arguments.megatron import CHECKPOINT_FORMATS, check_position_
 from megatron_fope.common.command_line import number, one_line_errors, whole
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.log import announce
-from megatron_fope.formula.config import (
-    BACKENDS,
-    GROWTHS,
-    PAD_VALUES,
-    PROFILES,
-    SCALINGS,
-    FoPEConfig,
-    flag,
-)
-from megatron_fope.formula.functional import INITIALIZATIONS
+from megatron_fope.formula.config import CHOICES, PROFILES, FoPEConfig, flag
+from megatron_fope.formula.geometry import Geometry
 from megatron_fope.kernels.backend import check_available
 
 FOPE = "fope"
@@ -89,14 +81,6 @@ _HELP: dict[str, str] = {
     "Triton on a GPU where a first comparison with PyTorch agrees.",
     "exact_angles": "Angles in float64: more exact beyond 8k tokens, but unlike every published engine.",
 }
-_CHOICES = {
-    "profile": tuple(PROFILES),
-    "init": INITIALIZATIONS,
-    "growth": GROWTHS,
-    "pad_value": tuple(PAD_VALUES),
-    "scaling": SCALINGS,
-    "backend": BACKENDS,
-}
 
 
 def add_fope_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -117,9 +101,9 @@ def add_fope_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         options: dict[str, Any] = {"dest": f"fope_{field.name}", "default": None, "help": _help(field)}
         if field.type == "bool":
             options["action"] = argparse.BooleanOptionalAction
-        elif field.name in _CHOICES:
+        elif field.name in CHOICES:
             # Checked by FoPEConfig, whose one line names what is allowed.
-            options["metavar"] = "{" + " ".join(_CHOICES[field.name]) + "}"
+            options["metavar"] = "{" + " ".join(CHOICES[field.name]) + "}"
         else:
             is_float = field.type == "float"
             options["type"], options["metavar"] = (number(), "X") if is_float else (whole(), "N")
@@ -244,12 +228,12 @@ def resolve_fope_arguments(args: Any, config: FoPEConfig | None = None) -> None:
 
         announce(*ignored_flags(args))
     config = config or fope_config_from_args(args)
-    config.check_model(head_dim)
+    geometry = Geometry(config, head_dim)
     for field in FIELDS:
         setattr(args, f"fope_{field.name}", getattr(config, field.name))
-    args.fope_kept_frequencies = config.d_in(head_dim)
-    args.fope_clipped_frequencies = config.num_clipped(head_dim)
-    args.fope_series = config.d_out(head_dim)
+    args.fope_kept_frequencies = geometry.d_in
+    args.fope_clipped_frequencies = geometry.num_clipped
+    args.fope_series = geometry.d_out
     check_available(config.backend)
 
 
@@ -370,7 +354,7 @@ def check_scaling_flags(args: Any) -> None:
     for field in FIELDS:
         readers = _READ_BY.get(field.name, (scaling,))
         if (
-            scaling in SCALINGS
+            scaling in CHOICES["scaling"]
             and scaling not in readers
             and given.get(field.name, field.default) != field.default
         ):

@@ -21,8 +21,8 @@ from megatron_fope import compat
 from megatron_fope.arguments.megatron import head_dim_of, is_hybrid
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.log import quiet_imports
-from megatron_fope.formula import geometry
 from megatron_fope.formula.config import FoPEConfig, flag
+from megatron_fope.formula.geometry import rotary_frequencies
 
 ROPE_TYPES = ("rope", "yarn")
 """Values of ``--position-embedding-type`` that rotate pairs of channels by RoPE's angles."""
@@ -192,7 +192,7 @@ def _scaled(config: FoPEConfig) -> bool:
 
 
 def _equal(config: FoPEConfig, rope: Rope, head_dim: int) -> bool:
-    mine = geometry.rotary(config, head_dim).float()
+    mine = rotary_frequencies(config, head_dim).float()
     amplitude = abs(config.attention_scaling - rope.amplitude) <= 1e-6 * rope.amplitude
     return amplitude and torch.allclose(mine, rope.angles, rtol=1e-5, atol=0.0)
 

@@ -24,6 +24,7 @@ from megatron_fope.arguments.megatron import dashes, head_dim_of, num_kv_heads_o
 from megatron_fope.arguments.rope import ROPE_TYPES, check_same_rope
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig, flag
+from megatron_fope.formula.geometry import Geometry
 from megatron_fope.formula.growth import check_growth
 from megatron_fope.layers import anneal
 
@@ -315,8 +316,7 @@ class Grow(Start):
             )
 
     def requested(self, tensor: Any) -> Any:
-        head_dim = head_dim_of(self.args)
-        matrix = (self.stored_config.d_in(head_dim), self.stored_config.d_out(head_dim))
+        matrix = Geometry(self.stored_config, head_dim_of(self.args)).coefficient_shape[1:]
         local, whole = ((*shape[:-2], *matrix) for shape in (tensor.local_shape, tensor.global_shape))
         data = tensor.data.new_empty(local)
         return dataclasses.replace(tensor, data=data, local_shape=local, global_shape=whole)

@@ -29,18 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INITIALIZATIONS = (
-    "eye",
-    "eye_norm",
-    "eye_xavier_norm",
-    "eye_xavier_uniform",
-    "xavier_norm",
-    "xavier_uniform",
-    "identity",
-)
-"""Values of ``fourier_init`` in the authors' code (``olmo/model.py: FourierEmbedding``), and ``identity``:
-output ``j`` is frequency ``j`` and nothing else, as in RoPE."""
-
+from megatron_fope.formula.config import CHOICES
 
 # Frequencies ------------------------------------------------------------------------------------------
 
@@ -216,8 +205,8 @@ def init_coefficients(
 
     Args:
         shape: ``(H, D_in, D_out)``, or ``(D_in, D_out)`` when heads share.
-        init: one of :data:`INITIALIZATIONS`. Names with ``xavier`` but without ``eye`` have no identity and
-            ignore ``gain``.
+        init: one of those in :data:`megatron_fope.formula.config.CHOICES`. Names with ``xavier`` but without
+            ``eye`` have no identity and ignore ``gain``.
         gain: spread of the noise around the identity; 0.3, 0.4, 0.6 in the paper's configurations.
         generator: CPU generator; None uses torch's global one, as the authors do.
 
@@ -260,7 +249,7 @@ def random_coefficients(
         case "xavier_uniform":
             torch.nn.init.xavier_uniform_(coefficients, 1.0, generator)
         case _:
-            raise ValueError(f"init is {init!r}; allowed: {', '.join(INITIALIZATIONS)}")
+            raise ValueError(f"init is {init!r}; allowed: {', '.join(CHOICES['init'])}")
     return coefficients
 
 

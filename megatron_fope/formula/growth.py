@@ -28,6 +28,7 @@ from torch import Tensor
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig, flag
+from megatron_fope.formula.geometry import Geometry
 
 _IDLE = 0.25
 """Mean of ``sin^2 + cos^2`` over positions below which an output carries next to nothing; 1 is plain RoPE."""
@@ -92,64 +93,57 @@ def check_growth(old: FoPEConfig, new: FoPEConfig, source: str) -> None:
 
 
 def grow_coefficients(
-    old: dict[str, Tensor],
-    old_config: FoPEConfig,
-    new_config: FoPEConfig,
-    head_dim: int,
-    *,
-    num_kv_heads: int,
-    layer: int,
-    stack: str = "decoder",
+    old: dict[str, Tensor], before: Geometry, after: Geometry, *, layer: int, stack: str = "decoder"
 ) -> dict[str, Tensor]:
     """One layer's coefficients for a longer training length.
 
-    Random entries come from the new configuration's seed, ``init`` and ``gain`` and the layer, never from the
+    Random entries come from the new settings' seed, ``init`` and ``gain`` and the layer, never from the
     global generator: every rank of every layout makes the same ones.
 
     Args:
-        old: ``{name: [num_kv_heads, D_in, D_out]}`` of ``old_config`` (one head when heads share).
-        old_config: settings that ``old`` belongs to.
-        new_config: settings of the result; its ``growth`` says by which rule.
-        head_dim: channels of a head that are rotated.
-        num_kv_heads: KV heads of the whole model.
+        old: ``{name: [num_kv_heads, D_in, D_out]}`` of ``before`` (one head when heads share).
+        before: what ``old`` belongs to.
+        after: what the result belongs to; its ``growth`` says by which rule.
         layer: Megatron's global ``layer_number``, from 1.
         stack: "decoder" or "mtp".
 
     Returns:
-        The same names, float32 on the CPU, of ``new_config``'s shape; new tensors. A larger rotary base may
+        The same names, float32 on the CPU, of ``after``'s shape; new tensors. A larger rotary base may
         leave fewer frequencies than before: the slowest rows and outputs are then cut.
 
     Raises:
         UserError: see :func:`check_growth`.
-        ValueError: ``old`` does not have the shape of ``old_config``.
+        ValueError: ``old`` does not have the shape of ``before``.
     """
-    check_growth(old_config, new_config, "the model")
-    expected = old_config.coefficient_shape(num_kv_heads, head_dim)
+    config = after.config
+    check_growth(before.config, config, "the model")
     for name, value in old.items():
-        if tuple(value.shape) != expected:
-            raise ValueError(f"{name} is {tuple(value.shape)}; the old configuration says {expected}")
+        if tuple(value.shape) != before.coefficient_shape:
+            raise ValueError(
+                f"{name} is {tuple(value.shape)}; the old configuration says {before.coefficient_shape}"
+            )
     old = {name: value.detach().float().cpu() for name, value in old.items()}
-    shape = new_config.coefficient_shape(num_kv_heads, head_dim)
-    if shape == expected:
+    shape = after.coefficient_shape
+    if shape == before.coefficient_shape:
         return {name: value.clone() for name, value in old.items()}
-    generator = new_config.generator(layer, stack, f"grown to {shape[-2]} x {shape[-1]}")
-    if new_config.growth != "aligned":
+    generator = after.generator(layer, stack, f"grown to {shape[-2]} x {shape[-1]}")
+    if config.growth != "aligned":
         return {
             name: grow_upstream(
-                value.view(new_config.drawn_shape(expected)),
+                value.view(before.drawn_shape),
                 *shape[-2:],
-                expand=new_config.growth == "upstream",
-                gain=new_config.gain,
+                expand=config.growth == "upstream",
+                gain=config.gain,
                 generator=generator,
             ).view(shape)
             for name, value in old.items()
         }
-    drawn = new_config.drawn_shape(shape)
+    drawn = after.drawn_shape
     noise = {
-        name: functional.random_coefficients(drawn, new_config.init, new_config.gain, generator).view(shape)
+        name: functional.random_coefficients(drawn, config.init, config.gain, generator).view(shape)
         for name in old
     }
-    return _grow_aligned(old, noise, with_identity=functional.has_identity(new_config.init))
+    return _grow_aligned(old, noise, with_identity=functional.has_identity(config.init))
 
 
 def grow_upstream(

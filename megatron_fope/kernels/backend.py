@@ -16,6 +16,7 @@ from megatron_fope import kernels
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 from megatron_fope.kernels import torch_rotary
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ class Case(NamedTuple):
     @classmethod
     def small(cls) -> Case:
         """Some model, where there is none."""
-        config = FoPEConfig.from_profile("paper", train_length=512)
-        return cls(config, torch.bfloat16, 4, 2, 64, 2, config.d_in(64), config.d_out(64))
+        model = Geometry(FoPEConfig.from_profile("paper", train_length=512), 64, 2)
+        return cls(model.config, torch.bfloat16, 4, 2, 64, *model.coefficient_shape)
 
 
 _compared: dict[tuple[torch.device, Case, str], Backend] = {}
@@ -72,9 +73,8 @@ def choose(wanted: str, device: torch.device, case: Case | None = None, rows: in
     """The implementation that rotates tensors on a device.
 
     Args:
-        wanted: one of :data:`megatron_fope.formula.config.BACKENDS`. "auto" takes the Triton
-            kernels on a GPU on which they pass a comparison with PyTorch, once per case and process, and
-            PyTorch elsewhere.
+        wanted: "torch", "triton", or "auto", which takes the Triton kernels on a GPU on which they pass a
+            comparison with PyTorch, once per case and process, and PyTorch elsewhere.
         device: where queries and keys are.
         case: the layer's; None: some.
         rows: of the basis, which decide between two kernels.
@@ -127,7 +127,7 @@ def check_available(wanted: str, device: torch.device | None = None) -> None:
     """Refuse what was asked for and cannot run, before anything is built.
 
     Args:
-        wanted: one of :data:`megatron_fope.formula.config.BACKENDS`.
+        wanted: "auto", "torch" or "triton".
         device: where it shall run; None: :func:`current_device`.
 
     Raises:
@@ -159,7 +159,6 @@ def _self_check(
         return numbers.to(device=device, dtype=dtype)
 
     heads = (case.heads, case.groups, case.groups)
-    names = ("sin_coef", "cos_coef") if case.config.separate_basis else ("fourier_coef",)
     results = []
     try:
         with (
@@ -173,7 +172,7 @@ def _self_check(
             basis = [random(70, case.d_in).sin() for _ in range(2)]
             # Positive: some settings divide them by their sum.
             shape = (case.coefficient_heads, case.d_in, case.d_out)
-            coefficients = {name: random(*shape).abs() for name in names}
+            coefficients = {name: random(*shape).abs() for name in case.config.coefficient_names}
             for way, options in ((rotate, {"variant": variant}), (torch_rotary.rotate, {})):
                 query, key, _ = mixed.clone().requires_grad_().split(heads, dim=2)
                 leaves = [query, key]

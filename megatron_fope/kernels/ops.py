@@ -10,7 +10,7 @@ CUDA graphs can capture either.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from megatron_fope import kernels
 from megatron_fope.common.errors import UserError
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import effective_coefficients
 from megatron_fope.kernels import launch
 from megatron_fope.kernels.inputs import check_tensors
 from megatron_fope.kernels.launch import Call
-
-if TYPE_CHECKING:
-    from megatron_fope.formula.config import FoPEConfig
 
 VARIANTS = tuple(launch.PRECISIONS)
 """``tables``: a matrix product makes the series of all rows, the kernel only rotates. ``fused``: the kernel
@@ -63,16 +62,14 @@ def rotate_triton(
         UserError: the device cannot run the kernels.
         ValueError: arguments that do not fit together.
     """
-    sin_coef, cos_coef = config.effective_coefficients(coefficients)
+    sin_coef, cos_coef = effective_coefficients(config, coefficients)
     _check_tensors(query, key, sin_basis, cos_basis, sin_coef, cos_coef)
     if variant is None:
         variant = choose_variant(config, sin_basis.size(0), *sin_coef.shape)
     elif variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}; allowed: {', '.join(VARIANTS)}")
-    pad_sin, pad_cos = (value * config.attention_scaling for value in config.pad)
-    call = Call(
-        sin_basis, cos_basis, sin_coef, cos_coef, pad_sin, pad_cos, variant, keep_tables=not config.learnable
-    )
+    bases = (sin_basis, cos_basis)
+    call = Call(*bases, sin_coef, cos_coef, *config.scaled_pad, variant, keep_tables=not config.learnable)
     if torch.compiler.is_compiling():
         return torch.ops.megatron_fope.rotate(query, key, *call)
     return _Rotate.apply(query, key, *call)

@@ -12,17 +12,16 @@ learn.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_fope.formula import functional
+from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import effective_coefficients
 from megatron_fope.kernels.inputs import FLOATS, WIDE, check_tensors
-
-if TYPE_CHECKING:
-    from megatron_fope.formula.config import FoPEConfig
 
 _DTYPES = (*FLOATS, torch.float64)
 
@@ -64,11 +63,10 @@ def rotate(
     Raises:
         ValueError: arguments that do not fit together.
     """
-    sin_coef, cos_coef = config.effective_coefficients(coefficients)
+    sin_coef, cos_coef = effective_coefficients(config, coefficients)
     check_tensors(query, key, sin_basis, cos_basis, sin_coef, cos_coef, dtypes=_DTYPES, coef_dtypes=WIDE)
-    pad_sin, pad_cos = (value * config.attention_scaling for value in config.pad)
     sin_basis, cos_basis = sin_basis.to(sin_coef.dtype), cos_basis.to(cos_coef.dtype)
-    return _Rotate.apply(query, key, sin_basis, cos_basis, sin_coef, cos_coef, pad_sin, pad_cos)
+    return _Rotate.apply(query, key, sin_basis, cos_basis, sin_coef, cos_coef, *config.scaled_pad)
 
 
 class _Rotate(torch.autograd.Function):

@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fope.common.log import announce
-from megatron_fope.formula import functional, geometry
+from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry, effective_coefficients, rotary_frequencies
 from megatron_fope.layers.precision import KeepsPrecision
 
 
@@ -135,13 +136,13 @@ class Interpolation(KeepsPrecision):
     """One layer's basis and coefficients between RoPE and FoPE.
 
     Args:
-        fope: FoPE's settings, with ``anneal_iters``.
-        head_dim: channels of a head that are rotated.
+        geometry: FoPE's, of settings with ``anneal_iters``.
     """
 
-    def __init__(self, fope: FoPEConfig, head_dim: int) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         super().__init__()
-        self.fope, self.half = fope, head_dim // 2
+        self.geometry, self.fope, self.half = geometry, geometry.config, geometry.head_dim // 2
+        fope = self.fope
         self._written = 0.0
         for name, value in self.initial_tensors().items():
             self.register_buffer(name, value, persistent=False)
@@ -156,7 +157,7 @@ class Interpolation(KeepsPrecision):
 
     def initial_tensors(self) -> dict[str, Tensor]:
         """The frequencies of RoPE and of FoPE, and the weight that was written last."""
-        both = torch.cat((geometry.rotary(self.fope, 2 * self.half), self.fope.inv_freq(2 * self.half)))
+        both = torch.cat((rotary_frequencies(self.fope, 2 * self.half), self.geometry.inv_freq))
         weight = torch.full((), self._written, dtype=torch.float32, device="cpu")
         return {"inv_freq": both, "weight": weight}
 
@@ -183,12 +184,9 @@ class Interpolation(KeepsPrecision):
         Args:
             coefficients: the layer's own, possibly fewer heads.
         """
-        effective = self.fope.effective_coefficients(coefficients)
-        pads = (value * self.fope.attention_scaling for value in self.fope.pad)
-        names = ("sin_coef", "cos_coef")
-        return {
-            name: self._between(value, pad) for name, value, pad in zip(names, effective, pads, strict=True)
-        }
+        sin_coef, cos_coef = effective_coefficients(self.fope, coefficients)
+        pad_sin, pad_cos = self.fope.scaled_pad
+        return {"sin_coef": self._between(sin_coef, pad_sin), "cos_coef": self._between(cos_coef, pad_cos)}
 
     def _between(self, coefficients: Tensor, pad: float) -> Tensor:
         heads, _, d_out = coefficients.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections import OrderedDict
@@ -18,6 +19,7 @@ from megatron_fope import compat
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 from megatron_fope.formula.growth import grow_coefficients
 from megatron_fope.kernels.backend import Backend, Case, choose
 from megatron_fope.kernels.sharing import forget, representative
@@ -49,7 +51,7 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         config: the layer's ``TransformerConfig``.
         fope: FoPE's settings.
         layer: global ``layer_number``, from 1.
-        stack: "decoder" or "mtp"; see :meth:`FoPEConfig.make_coefficients`.
+        stack: "decoder" or "mtp"; see :meth:`Geometry.make_coefficients`.
         tp_group: tensor-parallel process group, or None.
         head_dim: channels of a head that are rotated; None: all of them.
         num_kv_heads: KV heads of the whole model; None: the config's.
@@ -72,8 +74,9 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         super().__init__(config)
         self.fope = fope
         self.tp_group = tp_group
-        self.head_dim = head_dim or config.kv_channels
-        self.num_kv_heads = num_kv_heads or config.num_query_groups
+        self.geometry = Geometry(
+            fope, head_dim or config.kv_channels, num_kv_heads or config.num_query_groups
+        )
         self.layer, self.stack = layer, stack
         coefficients = self.initial_tensors()
         self.register_buffer("inv_freq", coefficients.pop("inv_freq"), persistent=False)
@@ -84,36 +87,31 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
                 self.register_parameter(name, parameter)
             else:
                 self.register_buffer(name, value)
-        self.coefficient_names = tuple(coefficients)
-        self.interpolation = Interpolation(fope, self.head_dim) if fope.anneal_iters else None
+        self.interpolation = Interpolation(self.geometry) if fope.anneal_iters else None
 
     def initial_tensors(self) -> dict[str, Tensor]:
         """Frequencies and fresh coefficients."""
-        coefficients = self.fope.make_coefficients(
-            self.num_kv_heads, self.head_dim, layer=self.layer, stack=self.stack
-        )
-        return {"inv_freq": self.fope.inv_freq(self.head_dim), **coefficients}
+        coefficients = self.geometry.make_coefficients(layer=self.layer, stack=self.stack)
+        return {"inv_freq": self.geometry.inv_freq, **coefficients}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         self._grow(state_dict, prefix)
-        for name in self.coefficient_names:
+        for name in self.fope.coefficient_names:
             if state_dict.get(prefix + name) is KEEP:
                 state_dict[prefix + name] = getattr(self, name).detach()
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        for name in self.coefficient_names:
+        for name in self.fope.coefficient_names:
             forget(getattr(self, name))
 
     def _grow(self, state_dict: Any, prefix: str) -> None:
-        found = {name: state_dict.get(prefix + name) for name in self.coefficient_names}
+        found = {name: state_dict.get(prefix + name) for name in self.fope.coefficient_names}
         outgrown = {name: value for name, value in found.items() if isinstance(value, Outgrown)}
         if not outgrown:
             return
         grown = grow_coefficients(
             {name: entry.value for name, entry in outgrown.items()},
-            next(iter(outgrown.values())).fope,
-            self.fope,
-            self.head_dim,
-            num_kv_heads=self.num_kv_heads,
+            dataclasses.replace(self.geometry, config=next(iter(outgrown.values())).fope),
+            self.geometry,
             layer=self.layer,
             stack=self.stack,
         )
@@ -130,7 +128,7 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         Args:
             shared: where layers share coefficients, return the same memory for all of them.
         """
-        local = {name: getattr(self, name) for name in self.coefficient_names}
+        local = {name: getattr(self, name) for name in self.fope.coefficient_names}
         if not self.fope.learnable:
             share = shared and self.fope.shared_layers
             local = {k: representative(v) if share else v.data for k, v in local.items()}
@@ -143,8 +141,8 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
             }
         if not self.fope.separate_heads:
             return local
-        heads_per_rank = max(1, self.num_kv_heads // tp_size)
-        start = self.tp_group.rank() * self.num_kv_heads // tp_size
+        heads_per_rank = max(1, self.geometry.num_kv_heads // tp_size)
+        start = self.tp_group.rank() * self.geometry.num_kv_heads // tp_size
         return {name: value[start : start + heads_per_rank] for name, value in local.items()}
 
     def backend(
@@ -159,16 +157,16 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
             groups: KV heads of this rank.
             rows: tokens of this rank.
         """
-        d_in, d_out = self.inv_freq.numel(), getattr(self, self.coefficient_names[0]).size(-1)
-        settings, between = self.fope, self.interpolation
+        settings, (_, d_in, d_out) = self.fope, self.geometry.coefficient_shape
+        between = self.interpolation
         if between is not None and between.active:
-            d_in, d_out, settings = between.inv_freq.numel() + 1, self.head_dim // 2, between.settings
+            settings, d_in, d_out = between.settings, between.inv_freq.numel() + 1, between.half
         case = Case(
             config=settings,
             dtype=dtype,
             heads=heads,
             groups=groups,
-            head_dim=self.head_dim,
+            head_dim=self.geometry.head_dim,
             coefficient_heads=groups if self.fope.separate_heads else 1,
             d_in=d_in,
             d_out=d_out,
@@ -183,7 +181,7 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         """
         if not self.fope.learnable:
             return query
-        return _Leave.apply(query, *(getattr(self, name) for name in self.coefficient_names))
+        return _Leave.apply(query, *(getattr(self, name) for name in self.fope.coefficient_names))
 
     def forward(
         self,
@@ -270,10 +268,10 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
                 basis = between.basis(positions)
             else:
                 basis = functional.fourier_basis(positions, self.inv_freq)
-            dtype = getattr(self, self.coefficient_names[0]).dtype
+            dtype = getattr(self, self.fope.coefficient_names[0]).dtype
             return basis[0].to(dtype), basis[1].to(dtype)  # exact angles come in float64
 
-        settings = (self.fope, self.head_dim, query.device, between is not None)
+        settings = (self.geometry, query.device, between is not None)
         layout: tuple[Any, ...] = (query.size(0),)
         tensors: tuple[Tensor | None, ...] = ()
         if position_ids is not None:

@@ -91,16 +91,18 @@ def describe(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerRe
             if not isinstance(module, FOPE_ATTENTIONS):
                 reports.append(LayerReport(**common))
                 continue
-            embedding, head_dim = module.fope, module.fope.head_dim
+            embedding, geometry = module.fope, module.fope.geometry
             reports.append(
                 LayerReport(
                     **common,
-                    fope=embedding.fope,
-                    coefficients={n: tuple(getattr(embedding, n).shape) for n in embedding.coefficient_names},
-                    d_in=embedding.fope.d_in(head_dim),
-                    d_out=embedding.fope.d_out(head_dim),
-                    num_pairs=head_dim // 2,
-                    num_clipped=embedding.fope.num_clipped(head_dim),
+                    fope=geometry.config,
+                    coefficients={
+                        n: tuple(getattr(embedding, n).shape) for n in geometry.config.coefficient_names
+                    },
+                    d_in=geometry.d_in,
+                    d_out=geometry.d_out,
+                    num_pairs=geometry.head_dim // 2,
+                    num_clipped=geometry.num_clipped,
                     rotates=module.fope_rotates,
                     path=str(_backend(module)),
                 )
@@ -117,7 +119,7 @@ def _backend(attention: Any) -> Backend:
         current_device(),
         attention.config.params_dtype,
         heads=attention.config.num_attention_heads // ranks,
-        groups=max(1, embedding.num_kv_heads // ranks),
+        groups=max(1, embedding.geometry.num_kv_heads // ranks),
         rows=embedding.fope.train_length,
     )
 

@@ -12,6 +12,7 @@ from trainer import FOPE, TP2, Run, Trainer
 
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 from megatron_fope.formula.growth import grow_coefficients
 
 HEADS = 4
@@ -32,11 +33,12 @@ def config(train_length: int, **settings: object) -> FoPEConfig:
 
 
 def fresh(settings: FoPEConfig, head_dim: int, layer: int = 1) -> dict[str, Tensor]:
-    return settings.make_coefficients(HEADS, head_dim, layer=layer)
+    return Geometry(settings, head_dim, HEADS).make_coefficients(layer=layer)
 
 
 def grow(old: dict[str, Tensor], *settings: FoPEConfig, head_dim: int, layer: int = 1) -> dict[str, Tensor]:
-    return grow_coefficients(old, *settings, head_dim, num_kv_heads=HEADS, layer=layer)
+    before, after = (Geometry(config, head_dim, HEADS) for config in settings)
+    return grow_coefficients(old, before, after, layer=layer)
 
 
 def identities(coefficients: dict[str, Tensor]) -> list[int]:
@@ -54,9 +56,9 @@ def test_every_output_has_one_frequency(chain: str) -> None:
     for old, new in itertools.pairwise(stages):
         before = identities(coefficients)
         grown = grow(coefficients, old, new, head_dim=head_dim)
-        assert identities(grown) == [1] * new.d_out(head_dim)
+        assert identities(grown) == [1] * Geometry(new, head_dim).d_out
         for name, value in grown.items():
-            assert tuple(value.shape) == new.coefficient_shape(HEADS, head_dim)
+            assert tuple(value.shape) == Geometry(new, head_dim, HEADS).coefficient_shape
             rows = coefficients[name].size(-2)
             owners = [j for j, count in enumerate(before) if count]
             assert torch.equal(value[..., :rows, owners], coefficients[name][..., owners])
@@ -83,7 +85,8 @@ def test_the_authors_rule_does_not() -> None:
 
 def test_new_outputs_get_new_frequencies_up_to_the_slowest() -> None:
     old, new = config(512), config(8192)
-    assert (old.d_in(128), old.d_out(128), new.d_in(128), new.d_out(128)) == (31, 31, 50, 32)
+    assert Geometry(old, 128).coefficient_shape[1:] == (31, 31)
+    assert Geometry(new, 128).coefficient_shape[1:] == (50, 32)
     grown = grow(fresh(old, 128), old, new, head_dim=128)["cos_coef"].mean(0)
     assert (grown > 0.5).nonzero().tolist() == [*([i, i] for i in range(31)), [49, 31]]
     old, new = config(512), config(640)
@@ -94,7 +97,7 @@ def test_new_outputs_get_new_frequencies_up_to_the_slowest() -> None:
 def test_outputs_without_frequency_get_those_that_no_output_has() -> None:
     """``step_eye`` gave every other of 18 frequencies to 9 of 16 outputs."""
     old, new = config(1024), config(1536)
-    assert (old.d_in(64), new.d_in(64), new.d_out(64)) == (18, 20, 16)
+    assert (Geometry(old, 64).d_in, Geometry(new, 64).d_in, Geometry(new, 64).d_out) == (18, 20, 16)
     grown = grow(fresh(old, 64), old, new, head_dim=64)["cos_coef"].mean(0)
     rows = [*range(0, 18, 2), 9, 11, 13, 15, 17, 18, 19]
     assert (grown.T > 0.5).nonzero().tolist() == [[j, row] for j, row in enumerate(rows)]
@@ -108,7 +111,7 @@ def test_numbers_depend_on_seed_and_layer_and_nothing_else() -> None:
     again = grow(coefficients, old, new, head_dim=64)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    rows = slice(old.d_in(64), None)
+    rows = slice(Geometry(old, 64).d_in, None)
     draws = [first["sin_coef"][:, rows], first["cos_coef"][:, rows]]
     draws.append(grow(coefficients, old, new, head_dim=64, layer=2)["sin_coef"][:, rows])
     other_seed = dataclasses.replace(new, seed=5)
@@ -133,7 +136,7 @@ def test_without_new_frequencies_nothing_changes() -> None:
 def test_a_larger_base_may_take_frequencies_away() -> None:
     """Outputs whose frequency goes with the last rows get one of those that stay."""
     old, new = config(8192), config(32768, rotary_base=5e5)
-    assert (old.d_in(128), new.d_in(128)) == (50, 42)
+    assert (Geometry(old, 128).d_in, Geometry(new, 128).d_in) == (50, 42)
     grown = grow(fresh(old, 128), old, new, head_dim=128)
     assert identities(grown) == [1] * 32
 
@@ -191,10 +194,10 @@ def test_a_checkpoint_grows_while_it_is_loaded(trainer: Trainer, short: Run) -> 
     flags = (*LONGER, GROW, *TP2, "--load", str(short.folder), "--ckpt-step", "2", "--save-interval", "1")
     run = trainer.run("grown", *flags, nproc=2)
     assert run.says("the coefficients grow (aligned) from train length 64 to 256, 3 x 3 to 4 x 4")
-    old, new = config(64), config(256)
+    old, new = (Geometry(config(length), 16, 2) for length in (64, 256))
     for index, layer in enumerate(range(1, 5)):
         coefficients = {name: value[index] for name, value in short.coefficients(2).items()}
-        grown = grow_coefficients(coefficients, old, new, 16, num_kv_heads=2, layer=layer)
+        grown = grow_coefficients(coefficients, old, new, layer=layer)
         for name, value in grown.items():
             assert torch.equal(run.coefficients(3)[name][index], value)
             assert torch.equal(run.coefficients(4)[name][index], value)
@@ -229,4 +232,4 @@ def test_growth_with_yarn_and_another_base(trainer: Trainer, short: Run) -> None
     assert run.says("the rotary base changes from 10000 to 20000")
     assert run.says("scaled (yarn) after the clip, sin and cos times 1.1386")
     new = config(256, rotary_base=20000.0, scaling="yarn", scaling_factor=4.0, original_length=64)
-    assert run.coefficients()["sin_coef"].shape[-2:] == (new.d_in(16), new.d_out(16))
+    assert run.coefficients()["sin_coef"].shape[-2:] == (Geometry(new, 16).d_in, Geometry(new, 16).d_out)

@@ -10,6 +10,7 @@ from launch import ROOT
 from trainer import DROPOUT, FOPE, TP2, Run, Trainer
 
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 
 pytestmark = pytest.mark.launch
 
@@ -27,7 +28,8 @@ def whole(trainer: Trainer) -> Run:
 
 def fresh_coefficients(name: str) -> torch.Tensor:
     config = FoPEConfig.from_profile(train_length=64)
-    return torch.stack([config.make_coefficients(2, 16, layer=layer)[name] for layer in range(1, 5)])
+    geometry = Geometry(config, 16, 2)
+    return torch.stack([geometry.make_coefficients(layer=layer)[name] for layer in range(1, 5)])
 
 
 LAYOUTS = {

@@ -13,6 +13,7 @@ from launch import ROOT
 
 from megatron_fope.arguments.flags import check_before_megatron, fope_config_from_args
 from megatron_fope.arguments.parser import megatron_parser, parse
+from megatron_fope.formula.geometry import Geometry
 
 FOLDER = ROOT / "examples" / "extend"
 STUDIES = ("starts", "growth")
@@ -29,7 +30,7 @@ def test_every_way_is_accepted(study: str) -> None:
         args = parse(parser, flags)
         if args.position_embedding_type == "fope":
             check_before_megatron(args)
-            fope_config_from_args(args).check_model(64)
+            Geometry(fope_config_from_args(args), 64)
 
 
 def test_the_rules_differ_in_the_second_study() -> None:
@@ -43,7 +44,8 @@ def test_the_rules_differ_in_the_second_study() -> None:
         fope_config_from_args(argparse.Namespace(**vars(args) | {"seq_length": n}))
         for n in (run.LENGTH, run.LONG)
     )
-    assert short.d_in(64) == short.d_out(64) and long.d_in(64) > long.d_out(64) > short.d_out(64)
+    short, long = Geometry(short, 64), Geometry(long, 64)
+    assert short.d_in == short.d_out and long.d_in > long.d_out > short.d_out
 
 
 @pytest.mark.parametrize("study", STUDIES)

@@ -10,6 +10,7 @@ import torch
 
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import PROFILES, FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 
 
 @pytest.mark.parametrize(
@@ -20,22 +21,23 @@ def test_geometry_of_the_papers_models(
     head_dim: int, train_length: int, d_in: int, d_out: int, identities: int
 ) -> None:
     config = FoPEConfig.from_profile(train_length=train_length, init="eye")
-    assert (config.d_in(head_dim), config.d_out(head_dim)) == (d_in, d_out)
-    assert config.num_clipped(head_dim) == head_dim // 2 - d_in
-    coefficients = config.make_coefficients(1, head_dim, layer=1)["sin_coef"]
+    geometry = Geometry(config, head_dim)
+    assert (geometry.d_in, geometry.d_out) == (d_in, d_out)
+    assert geometry.num_clipped == head_dim // 2 - d_in
+    coefficients = geometry.make_coefficients(layer=1)["sin_coef"]
     assert int(coefficients.sum()) == identities
 
 
 def test_geometry_of_intern_s1_pro() -> None:
     config = FoPEConfig.from_profile("intern-s1-pro", train_length=262144, rotary_base=5e6, gain=0.5)
-    assert config.coefficient_shape(4, 128) == (4, 45, 45)
+    assert Geometry(config, 128, 4).coefficient_shape == (4, 45, 45)
 
 
 def test_layers_stacks_and_seeds_draw_different_numbers() -> None:
     config = FoPEConfig.from_profile(train_length=512)
     other_seed = dataclasses.replace(config, seed=config.seed + 1)
     draws = [
-        c.make_coefficients(2, 64, layer=layer, stack=stack)[name]
+        Geometry(c, 64, 2).make_coefficients(layer=layer, stack=stack)[name]
         for c in (config, other_seed)
         for stack in ("decoder", "mtp")
         for layer in (1, 2)
@@ -44,16 +46,17 @@ def test_layers_stacks_and_seeds_draw_different_numbers() -> None:
     for i, a in enumerate(draws):
         assert not any(torch.equal(a, b) for b in draws[i + 1 :])
     shared = FoPEConfig.from_profile("intern-s1-pro", train_length=512)
-    first, second = (shared.make_coefficients(2, 64, layer=layer) for layer in (1, 7))
+    first, second = (Geometry(shared, 64, 2).make_coefficients(layer=layer) for layer in (1, 7))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_coefficients_do_not_touch_the_global_generator() -> None:
     state = torch.get_rng_state()
-    first = FoPEConfig.from_profile(train_length=512).make_coefficients(2, 64, layer=1)
+    config = FoPEConfig.from_profile(train_length=512)
+    first = Geometry(config, 64, 2).make_coefficients(layer=1)
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(99)
-    again = FoPEConfig.from_profile(train_length=512).make_coefficients(2, 64, layer=1)
+    again = Geometry(config, 64, 2).make_coefficients(layer=1)
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -114,10 +117,10 @@ def test_bad_settings_are_refused_in_one_line(settings: dict, message: str) -> N
 def test_settings_that_do_not_fit_the_model(settings: dict, head_dim: int, message: str) -> None:
     config = FoPEConfig.from_profile(**{"train_length": 512} | settings)
     with pytest.raises(UserError) as error:
-        config.check_model(head_dim)
+        Geometry(config, head_dim)
     assert message in str(error.value)
 
 
 def test_shortest_train_length_that_works() -> None:
     """The message's advice must be right: 7 tokens hold one cycle of the fastest frequency."""
-    FoPEConfig.from_profile(train_length=7).check_model(64)
+    Geometry(FoPEConfig.from_profile(train_length=7), 64)

@@ -9,6 +9,7 @@ import torch
 
 from megatron_fope.formula import functional, growth
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 
 
 def rope_rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
@@ -21,11 +22,11 @@ def rope_rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 def test_identity_coefficients_are_rope() -> None:
     config = FoPEConfig.from_profile(train_length=64, clip=False, drop_clipped=False, init="eye")
-    coefficients = config.make_coefficients(2, 32, layer=1)
-    inv_freq = config.inv_freq(32)
+    geometry = Geometry(config, 32, 2)
+    coefficients, inv_freq = geometry.make_coefficients(layer=1), geometry.inv_freq
     positions = torch.arange(50)
     x = torch.randn(50, 4, 32)
-    sin, cos = config.tables(positions, coefficients, inv_freq, 32)
+    sin, cos = geometry.tables(*functional.fourier_basis(positions, inv_freq), coefficients)
     expected = rope_rotate(x, positions[:, None] * inv_freq)
     torch.testing.assert_close(functional.apply_fourier_rotary(x, sin, cos), expected, rtol=0, atol=1e-6)
 
@@ -33,12 +34,12 @@ def test_identity_coefficients_are_rope() -> None:
 @pytest.mark.parametrize("padding,factor", [("1,1", math.sqrt(2)), ("0,1", 1.0)])
 def test_padded_channels_do_not_depend_on_position(padding: str, factor: float) -> None:
     config = FoPEConfig.from_profile(train_length=64, pad_value=padding)
-    d_out, half = config.d_out(32), 16
+    geometry = Geometry(config, 32, 3)
+    d_out, half = geometry.d_out, 16
     assert 0 < d_out < half
     x = torch.randn(1, 3, 32).expand(40, 3, 32)
-    tables = config.tables(
-        torch.arange(40), config.make_coefficients(3, 32, layer=1), config.inv_freq(32), 32
-    )
+    basis = functional.fourier_basis(torch.arange(40), geometry.inv_freq)
+    tables = geometry.tables(*basis, geometry.make_coefficients(layer=1))
     pairs = functional.apply_fourier_rotary(x, *tables).unflatten(-1, (2, half))[..., d_out:]
     assert torch.equal(pairs, pairs[:1].expand_as(pairs))
     before = x.unflatten(-1, (2, half))[..., d_out:]
@@ -100,11 +101,12 @@ def test_exact_angles_are_exact_where_float32_is_not() -> None:
     position = 1_048_573
     plain = FoPEConfig.from_profile(train_length=4096)
     exact = FoPEConfig.from_profile(train_length=4096, exact_angles=True)
-    assert plain.d_in(128) == exact.d_in(128)
+    assert Geometry(plain, 128).d_in == Geometry(exact, 128).d_in
     errors = {}
     for config in (plain, exact):
-        sin, _ = functional.fourier_basis(torch.tensor([position]), config.inv_freq(128))
-        reference = [math.sin(position / 10000.0 ** (2 * i / 128)) for i in range(config.d_in(128))]
+        inv_freq = Geometry(config, 128).inv_freq
+        sin, _ = functional.fourier_basis(torch.tensor([position]), inv_freq)
+        reference = [math.sin(position / 10000.0 ** (2 * i / 128)) for i in range(inv_freq.numel())]
         errors[config.exact_angles] = float((sin[0].double() - torch.tensor(reference).double()).abs().max())
     assert errors[True] < 1e-6 < 1e-3 < errors[False]
 
@@ -113,8 +115,8 @@ def test_frequencies_are_computed_on_the_cpu_whatever_the_default_device() -> No
     """Megatron builds models under ``torch.device("meta")``; coefficients and frequencies must be real."""
     config = FoPEConfig.from_profile(train_length=100, scaling="yarn", scaling_factor=4, original_length=64)
     with torch.device("meta"):
-        inv_freq = config.inv_freq(64)
-        coefficients = config.make_coefficients(2, 64, layer=3)
+        geometry = Geometry(config, 64, 2)
+        inv_freq, coefficients = geometry.inv_freq, geometry.make_coefficients(layer=3)
     assert inv_freq.device.type == "cpu" and all(c.device.type == "cpu" for c in coefficients.values())
 
 

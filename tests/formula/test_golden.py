@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_fope.formula import functional, growth
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 
 GOLDEN = Path(os.environ.get("MEGATRON_FOPE_GOLDEN", ROOT / "tests" / "golden"))
 
@@ -107,7 +108,8 @@ def fope_config(case: Case) -> FoPEConfig:
 def rotate(case: Case, config: FoPEConfig, name: str, coefficients: dict, dtype: torch.dtype) -> Tensor:
     """Rotate the case's q or k, ``[B, heads, T, head_dim]``, with the frequencies stored in the file."""
     positions = case[f"positions_{name}"]
-    sin, cos = config.tables(positions, coefficients, case["inv_freq"].to(dtype), case.config["head_dim"])
+    basis = functional.fourier_basis(positions, case["inv_freq"].to(dtype))
+    sin, cos = Geometry(config, case.config["head_dim"]).tables(*basis, coefficients)
     x = case[name]
     if dtype == torch.float32:
         x = x.to(getattr(torch, case.meta["io_dtype"]))
@@ -119,18 +121,18 @@ def rotate(case: Case, config: FoPEConfig, name: str, coefficients: dict, dtype:
 @pytest.mark.parametrize("case", cases("rope"))
 def test_rotation(case: Case) -> None:
     config = fope_config(case)
-    head_dim, atol = case.config["head_dim"], case.meta["suggested_atol"]
+    geometry = Geometry(config, case.config["head_dim"], case.config["n_kv_heads"])
+    atol = case.meta["suggested_atol"]
 
-    inv_freq = config.inv_freq(head_dim)
-    assert config.d_in(head_dim) == case.config["d_in"] == case["inv_freq"].numel()
-    assert config.d_out(head_dim) == case.config["d_out"]
-    torch.testing.assert_close(inv_freq, case["inv_freq"], rtol=3e-7, atol=0)
+    assert geometry.d_in == case.config["d_in"] == case["inv_freq"].numel()
+    assert geometry.d_out == case.config["d_out"]
+    torch.testing.assert_close(geometry.inv_freq, case["inv_freq"], rtol=3e-7, atol=0)
     coefficients = case.coefficients()
-    shape = config.drawn_shape(config.coefficient_shape(case.config["n_kv_heads"], head_dim))
-    assert all(tuple(c.shape) == shape for c in coefficients.values())
+    assert all(tuple(c.shape) == geometry.drawn_shape for c in coefficients.values())
 
     if "sin_table" in case:
-        sin, cos = config.tables(case["table_positions"], coefficients, case["inv_freq"], head_dim)
+        basis = functional.fourier_basis(case["table_positions"], case["inv_freq"])
+        sin, cos = geometry.tables(*basis, coefficients)
         for name, table in (("sin_table", sin), ("cos_table", cos)):
             torch.testing.assert_close(table.transpose(0, 1), case[name], rtol=0, atol=atol)
 
@@ -148,9 +150,9 @@ def test_rotation(case: Case) -> None:
 def test_a_floor_ratio_of_zero_clips_nothing(case: Case) -> None:
     """As no clamp at all, in the published code and here."""
     config = dataclasses.replace(fope_config(case), clip=True, floor_ratio=0.0)
-    head_dim = case.config["head_dim"]
-    torch.testing.assert_close(config.inv_freq(head_dim), case["inv_freq"], rtol=3e-7, atol=0)
-    assert (config.d_out(head_dim), config.num_clipped(head_dim)) == (case.config["d_out"], 0)
+    geometry = Geometry(config, case.config["head_dim"])
+    torch.testing.assert_close(geometry.inv_freq, case["inv_freq"], rtol=3e-7, atol=0)
+    assert (geometry.d_out, geometry.num_clipped) == (case.config["d_out"], 0)
 
 
 @pytest.mark.parametrize("case", [p for p in cases("rope") if "q_out_f64" in p.values[0]])

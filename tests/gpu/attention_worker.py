@@ -146,10 +146,11 @@ def _rotate_exactly(query: Any, key: Any, fope: Any, coefficients: Any, lengths:
     import torch
 
     from megatron_fope.formula import functional
+    from megatron_fope.formula.geometry import Geometry
     from megatron_fope.kernels.torch_rotary import rotate
 
     positions = torch.cat([torch.arange(length) for length in lengths]).to(query.device)
-    inv_freq = fope.inv_freq(HEAD_DIM).to(query.device)
+    inv_freq = Geometry(fope, HEAD_DIM).inv_freq.to(query.device)
     sin, cos = functional.fourier_basis(positions, inv_freq)
     return rotate(query, key, sin.double(), cos.double(), coefficients, fope)
 

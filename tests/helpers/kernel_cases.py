@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -52,9 +53,10 @@ class Inputs:
 
         self.query, self.key = _layout(case, random)
         self.upstream = tuple(random(*x.shape) for x in (self.query, self.key))
-        coefficients = self.config.make_coefficients(case.kv_heads, case.head_dim, layer=1)
+        self.geometry = Geometry(self.config, case.head_dim, case.kv_heads)
+        coefficients = self.geometry.make_coefficients(layer=1)
         self.coefficients = {name: value.to(DEVICE) for name, value in coefficients.items()}
-        inv_freq = self.config.inv_freq(case.head_dim).to(DEVICE)
+        inv_freq = self.geometry.inv_freq.to(DEVICE)
         self.basis = functional.fourier_basis(torch.arange(case.tokens, device=DEVICE), inv_freq)
 
     def leaves(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -89,7 +91,7 @@ def formula(inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in leaves]
     coefficients |= zip(coefficients, leaves[2:], strict=False)
     basis = (b.to(dtype) for b in inputs.basis)
-    tables = inputs.config.mix(*basis, coefficients, inputs.case.head_dim)
+    tables = inputs.geometry.tables(*basis, coefficients)
     sin, cos = (table.unsqueeze(1) for table in tables)
     results = [functional.apply_fourier_rotary(x, sin, cos) for x in leaves[:2]]
     grads = torch.autograd.grad(results, leaves, [u.to(dtype) for u in inputs.upstream])

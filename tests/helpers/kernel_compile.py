@@ -21,6 +21,7 @@ from kernel_cases import Case, Inputs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import KernelInterface
 
+from megatron_fope.formula.geometry import effective_coefficients
 from megatron_fope.kernels import launch, triton_rotary
 from megatron_fope.kernels.launch import Call
 
@@ -53,7 +54,7 @@ def compile_case(case: Case, capability: int = 90) -> tuple[Any, Any]:
 
     KernelInterface.__getitem__ = warm
     inputs = Inputs(case)
-    sin_coef, cos_coef = inputs.config.effective_coefficients(inputs.coefficients)
+    sin_coef, cos_coef = effective_coefficients(inputs.config, inputs.coefficients)
     call = Call(*inputs.basis, sin_coef, cos_coef, *inputs.config.pad, case.variant, False)
     launch.forward(inputs.query, inputs.key, call)
     saved = (inputs.query, inputs.key) if case.learning else (None, None)

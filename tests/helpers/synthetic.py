@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_fope.arguments.flags import FIELDS, resolve_fope_arguments
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 from megatron_fope.tools import cli
 
 COMMON = "common_state/shard_0_1"
@@ -145,7 +146,7 @@ class SyntheticCheckpoint:
             self._metadata.storage_data[index] = _StorageInfo(file, start, length)
 
     def _add_coefficients(self, fope: FoPEConfig, layers: int, head_dim: int) -> None:
-        made = [fope.make_coefficients(2, head_dim, layer=layer) for layer in range(1, layers + 1)]
+        made = [Geometry(fope, head_dim, 2).make_coefficients(layer=layer) for layer in range(1, layers + 1)]
         for leaf in made[0]:
             name = f"decoder.layers.self_attention.fope.{leaf}"
             size = torch.Size((layers, *made[0][leaf].shape))

@@ -14,6 +14,7 @@ pytest.importorskip("megatron.core")
 from megatron_fope import kernels
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 from megatron_fope.kernels import backend, torch_rotary
 from megatron_fope.kernels.backend import Case
 from megatron_fope.layers.embedding import FourierEmbedding
@@ -75,9 +76,7 @@ def failing(*args, variant=None):
 
 def case(dtype=torch.float32, heads=4, groups=2, head_dim=64, **settings) -> Case:
     config = FoPEConfig.from_profile(train_length=512, **settings)
-    shared = groups if config.separate_heads else 1
-    d_in, d_out = config.d_in(head_dim), config.d_out(head_dim)
-    return Case(config, dtype, heads, groups, head_dim, shared, d_in, d_out)
+    return Case(config, dtype, heads, groups, head_dim, *Geometry(config, head_dim, groups).coefficient_shape)
 
 
 CASES = {

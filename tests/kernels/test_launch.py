@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_fope import kernels
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry, effective_coefficients
 from megatron_fope.kernels import backend as implementation
 from megatron_fope.kernels import launch, ops, tables
 
@@ -105,7 +106,7 @@ def test_operators_are_what_they_declare(learning: bool) -> None:
     """Schema, fake kernel, autograd registration and tracing, by torch's own checker."""
     inputs = Inputs(Case(**SMALL, learning=learning))
     query, key, coefficients = inputs.leaves()
-    sin_coef, cos_coef = inputs.config.effective_coefficients(coefficients)
+    sin_coef, cos_coef = effective_coefficients(inputs.config, coefficients)
     rest = (*inputs.basis, sin_coef, cos_coef, 1.0, 1.0, "fused", True)
     torch.library.opcheck(torch.ops.megatron_fope.rotate.default, (query, key, *rest))
     saved = (inputs.query, inputs.key) if learning else (None, None)
@@ -295,7 +296,8 @@ def test_a_cuda_graph_pins_the_tables_it_reads(
 def test_the_comparison_before_the_first_use(variant: str, learnable: bool) -> None:
     """The real kernels pass it where a model is built: on the meta device, in 16 bit."""
     config = FoPEConfig.from_profile(train_length=64, learnable=learnable)
-    case = implementation.Case(config, torch.bfloat16, 3, 1, 24, 1, config.d_in(24), config.d_out(24))
+    shape = Geometry(config, 24).coefficient_shape
+    case = implementation.Case(config, torch.bfloat16, 3, 1, 24, *shape)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"), torch.no_grad():

@@ -78,7 +78,7 @@ def readings() -> dict[str, Any]:
 
 def formula(inputs: Inputs) -> list[Tensor]:
     query, key, coefficients = inputs.leaves()
-    sin, cos = inputs.config.mix(*inputs.basis, coefficients, inputs.case.head_dim)
+    sin, cos = inputs.geometry.tables(*inputs.basis, coefficients)
     results = [functional.apply_fourier_rotary(x, sin.unsqueeze(1), cos.unsqueeze(1)) for x in (query, key)]
     return [*results, *torch.autograd.grad(results, [query, key, *coefficients.values()], inputs.upstream)]
 

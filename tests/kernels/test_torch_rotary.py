@@ -7,6 +7,7 @@ import torch
 
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 from megatron_fope.kernels import torch_rotary
 
 CASES = {
@@ -32,13 +33,14 @@ def case(name: str, dtype: torch.dtype = torch.float32, tokens: int = 37, batch:
     fused = torch.randn(tokens, batch, 6 + 2 * kv_heads, 24, generator=generator).to(dtype)
     query, key, _ = fused.split([6, kv_heads, kv_heads], dim=2)
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    coefficients = {k: v.to(table_dtype) for k, v in config.make_coefficients(kv_heads, 24, layer=1).items()}
-    basis = functional.fourier_basis(torch.arange(tokens), config.inv_freq(24).to(table_dtype))
+    geometry = Geometry(config, 24, kv_heads)
+    coefficients = {k: v.to(table_dtype) for k, v in geometry.make_coefficients(layer=1).items()}
+    basis = functional.fourier_basis(torch.arange(tokens), geometry.inv_freq.to(table_dtype))
     return config, query, key, basis, coefficients
 
 
 def reference(config, query, key, basis, coefficients):
-    sin, cos = config.mix(*basis, coefficients, query.size(-1))
+    sin, cos = Geometry(config, query.size(-1)).tables(*basis, coefficients)
     return tuple(functional.apply_fourier_rotary(x, sin[:, None], cos[:, None]) for x in (query, key))
 
 

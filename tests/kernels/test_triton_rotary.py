@@ -134,7 +134,7 @@ def test_values_and_gradients(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tables_give_the_formula_bit_for_bit(dtype: torch.dtype) -> None:
     inputs = Inputs(Case(dtype=dtype, variant="tables", head_dim=96, learning=False))
-    tables = [t.unsqueeze(1) for t in inputs.config.mix(*inputs.basis, inputs.coefficients, 96)]
+    tables = [t.unsqueeze(1) for t in inputs.geometry.tables(*inputs.basis, inputs.coefficients)]
     for ours, x in zip(run(inputs)[:2], (inputs.query, inputs.key), strict=True):
         assert torch.equal(ours, functional.apply_fourier_rotary(x, *tables))
 

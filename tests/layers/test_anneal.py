@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_fope.formula import functional, geometry
+from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry, rotary_frequencies
 from megatron_fope.kernels import torch_rotary
 from megatron_fope.layers import anneal
 
@@ -39,16 +40,17 @@ def _progress() -> Iterator[None]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tables_lie_between(variant: str, completed: int) -> None:
     config = FoPEConfig.from_profile(**{"train_length": 64, "anneal_iters": 10} | VARIANTS[variant])
-    coefficients = config.make_coefficients(HEADS, HEAD_DIM, layer=1)
+    geometry = Geometry(config, HEAD_DIM, HEADS)
+    coefficients = geometry.make_coefficients(layer=1)
     positions = torch.arange(50)
-    between = anneal.Interpolation(config, HEAD_DIM)
+    between = anneal.Interpolation(Geometry(config, HEAD_DIM))
     anneal.begin(0, completed)
     between.update()
     assert between.active == (completed < 10)
 
     # RoPE with the same scaling, which is what such a start must begin with.
-    angles = positions[:, None, None] * geometry.rotary(config, HEAD_DIM)
-    fope = config.tables(positions, coefficients, config.inv_freq(HEAD_DIM), HEAD_DIM)
+    angles = positions[:, None, None] * rotary_frequencies(config, HEAD_DIM)
+    fope = geometry.tables(*functional.fourier_basis(positions, geometry.inv_freq), coefficients)
     weight, factor = completed / 10, config.attention_scaling
     query, key = torch.randn(50, 1, 4, HEAD_DIM), torch.randn(50, 1, HEADS, HEAD_DIM)
     sin, cos = (
@@ -64,7 +66,7 @@ def test_tables_lie_between(variant: str, completed: int) -> None:
 
 def test_a_cast_keeps_frequencies_and_weight() -> None:
     config = FoPEConfig.from_profile(train_length=64, anneal_iters=3)
-    between = anneal.Interpolation(config, HEAD_DIM)
+    between = anneal.Interpolation(Geometry(config, HEAD_DIM))
     anneal.begin(0, 1)
     between.update()
     before = [tensor.clone() for tensor in between.buffers()]
@@ -74,7 +76,9 @@ def test_a_cast_keeps_frequencies_and_weight() -> None:
 
 
 def test_the_weight_of_a_captured_graph_is_written_in_place() -> None:
-    between = anneal.Interpolation(FoPEConfig.from_profile(train_length=64, anneal_iters=4), HEAD_DIM)
+    between = anneal.Interpolation(
+        Geometry(FoPEConfig.from_profile(train_length=64, anneal_iters=4), HEAD_DIM)
+    )
     model = torch.nn.Sequential(between)
     address = between.weight.data_ptr()
     for completed, weight in ((1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)):

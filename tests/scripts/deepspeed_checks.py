@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megatron_fope.formula import geometry
+from megatron_fope.formula.geometry import Geometry
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "deepspeed"))
 import train
@@ -90,16 +90,15 @@ def fresh(args: Namespace) -> dict[str, torch.Tensor]:
     return {
         f"decoder.layers.{layer - 1}.self_attention.fope.{name}": value
         for layer in range(1, args.layers + 1)
-        for name, value in config.make_coefficients(
-            args.kv_heads, args.hidden // args.heads, layer=layer
-        ).items()
+        for name, value in Geometry(config, args.hidden // args.heads, args.kv_heads)
+        .make_coefficients(layer=layer)
+        .items()
     }
 
 
 def check(flags: str, folder: str) -> None:
     """One case."""
     args = parsed(flags)
-    geometry.inv_freq.cache_clear()  # so that this model makes its own
     engine = train.initialize(args)
     losses = train.train(Namespace(**vars(args) | {"steps": HALF}), engine)
     engine.save_checkpoint(folder, tag="half", client_state={"step": HALF})
@@ -127,8 +126,7 @@ def check_frequencies(args: Namespace, model: torch.nn.Module) -> None:
     """Also float32, and what they are outside of DeepSpeed."""
     found = [value for name, value in model.named_buffers() if name.endswith("fope.inv_freq")]
     assert len(found) == args.layers
-    geometry.inv_freq.cache_clear()
-    expected = train.fope_config(args).inv_freq(args.hidden // args.heads)
+    expected = Geometry(train.fope_config(args), args.hidden // args.heads).inv_freq
     for value in found:
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
 

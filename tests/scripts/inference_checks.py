@@ -240,15 +240,14 @@ def attention_layers(network: Any) -> dict[int, Any]:
 
 def rotated_keys(network: Any, ids: list[int]) -> dict[int, Any]:
     """``[s, KV heads, d]`` by layer: plain keys of one ordinary forward pass, rotated once by the formula."""
-    from megatron_fope.formula.functional import apply_fourier_rotary
+    from megatron_fope.formula.functional import apply_fourier_rotary, fourier_basis
 
     plain = {}
 
     def remember(attention: Any, args: tuple) -> None:
         key = super(type(attention), attention).get_query_key_value_tensors(args[0])[1]
-        sin, cos = attention.fope.fope.tables(
-            torch.arange(len(ids)), attention.fope.coefficients(), attention.fope.inv_freq, 16
-        )
+        basis = fourier_basis(torch.arange(len(ids)), attention.fope.inv_freq)
+        sin, cos = attention.fope.geometry.tables(*basis, attention.fope.coefficients())
         plain[attention.layer_number] = apply_fourier_rotary(key, sin[:, None], cos[:, None])[:, 0]
 
     hooks = [m.register_forward_pre_hook(remember) for m in attention_layers(network).values()]

@@ -74,15 +74,17 @@ def check_mla_rotates_the_positional_channels_by_the_formula() -> None:
     """All heads by one set of coefficients; the other channels and the values stay as they are."""
     import torch
 
-    from megatron_fope.formula.functional import apply_fourier_rotary
+    from megatron_fope.formula.functional import apply_fourier_rotary, fourier_basis
+    from megatron_fope.formula.geometry import Geometry
 
     fope = fope_config(gain=1.0)
     attention = mla_model(fope).decoder.layers[1].self_attention
     hidden = torch.randn(20, 2, 64)
     plain = super(type(attention), attention).get_query_key_value_tensors(hidden)
     rotated = attention.get_query_key_value_tensors(hidden)
-    coefficients = fope.make_coefficients(1, POSITIONAL, layer=2)
-    sin, cos = fope.tables(torch.arange(20), coefficients, fope.inv_freq(POSITIONAL), POSITIONAL)
+    geometry = Geometry(fope, POSITIONAL)
+    basis = fourier_basis(torch.arange(20), geometry.inv_freq)
+    sin, cos = geometry.tables(*basis, geometry.make_coefficients(layer=2))
     for before, after in zip(plain[:2], rotated[:2], strict=True):
         expected = apply_fourier_rotary(before[..., -POSITIONAL:], sin[:, None], cos[:, None])
         torch.testing.assert_close(after[..., -POSITIONAL:], expected, rtol=0, atol=2e-6)
@@ -195,7 +197,7 @@ def check_mla_latent_cache_gets_rotated_keys() -> None:
     from megatron.core.inference.inference_request import DynamicInferenceRequest
     from megatron.core.inference.sampling_params import SamplingParams
 
-    from megatron_fope.formula.functional import apply_fourier_rotary
+    from megatron_fope.formula.functional import apply_fourier_rotary, fourier_basis
 
     model = mla_model(fope_config(gain=1.0), cache_mla_latents=True).eval()
     attention = model.decoder.layers[0].self_attention
@@ -224,7 +226,7 @@ def check_mla_latent_cache_gets_rotated_keys() -> None:
         rotated = attention.get_query_key_value_tensors(hidden, inference_context=context)
     positions = torch.cat([torch.arange(length) for length in lengths])
     fope = attention.fope
-    sin, cos = fope.fope.tables(positions, fope.coefficients(), fope.inv_freq, POSITIONAL)
+    sin, cos = fope.geometry.tables(*fourier_basis(positions, fope.inv_freq), fope.coefficients())
     used = slice(len(positions))
     assert rotated[1].shape == (rows, 1, LATENT + POSITIONAL)
     assert torch.equal(rotated[1][..., :LATENT], plain[1][..., :LATENT])

@@ -118,15 +118,17 @@ def check_model_uses_the_formula() -> None:
     """Rotated query and key of a real layer against the pure functions."""
     import torch
 
-    from megatron_fope.formula.functional import apply_fourier_rotary
+    from megatron_fope.formula.functional import apply_fourier_rotary, fourier_basis
+    from megatron_fope.formula.geometry import Geometry
 
     fope = fope_config(gain=2.0)
     attention = gpt(fope, qk_layernorm=True).decoder.layers[1].self_attention
     hidden = torch.randn(20, 2, 64)
     plain = super(type(attention), attention).get_query_key_value_tensors(hidden)
     rotated = attention.get_query_key_value_tensors(hidden)
-    coefficients = fope.make_coefficients(2, 16, layer=2)
-    sin, cos = fope.tables(torch.arange(20), coefficients, fope.inv_freq(16), 16)
+    geometry = Geometry(fope, 16, 2)
+    basis = fourier_basis(torch.arange(20), geometry.inv_freq)
+    sin, cos = geometry.tables(*basis, geometry.make_coefficients(layer=2))
     for before, after in zip(plain[:2], rotated[:2], strict=True):
         expected = apply_fourier_rotary(before, sin[:, None], cos[:, None])
         torch.testing.assert_close(after, expected, rtol=0, atol=2e-6)
@@ -138,12 +140,14 @@ def check_coefficients_stay_exact_in_sixteen_bit() -> None:
     import torch
     from megatron.core.transformer.module import Float16Module
 
+    from megatron_fope.formula.geometry import Geometry
+
     for dtype, flag in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
         for learnable in (False, True):
             fope = fope_config(learnable=learnable)
             model = gpt(fope, **{flag: True, "params_dtype": dtype})
             wrapped = Float16Module(model.config, model)
-            expected = fope.make_coefficients(2, 16, layer=1)
+            expected = Geometry(fope, 16, 2).make_coefficients(layer=1)
             embedding = wrapped.module.decoder.layers[0].self_attention.fope
             for name, value in expected.items():
                 assert getattr(embedding, name).dtype == torch.float32
@@ -155,11 +159,12 @@ def check_coefficients_stay_exact_in_sixteen_bit() -> None:
 
 def check_describe_and_assert_fope_active() -> None:
     from megatron_fope import assert_fope_active, describe
+    from megatron_fope.formula.geometry import Geometry
 
     fope = fope_config()
     first, second = assert_fope_active([gpt(fope)])
     assert first.attention == "FoPESelfAttention" and (first.layer_number, second.layer_number) == (1, 2)
-    d_in, d_out = fope.d_in(16), fope.d_out(16)
+    _, d_in, d_out = Geometry(fope, 16).coefficient_shape
     assert first.coefficients == {"sin_coef": (2, d_in, d_out), "cos_coef": (2, d_in, d_out)}
     assert str(d_in) in str(first) and "PyTorch" in str(first) and "train length 48" in first.summary()
     assert [r.fope for r in describe(gpt(position="rope"))] == [None, None]
@@ -277,12 +282,14 @@ def check_packed_layers_share_one_basis() -> None:
 
 
 def check_sharded_state_is_replicated_and_complete() -> None:
+    from megatron_fope.formula.geometry import Geometry
+
     model = gpt(fope_config())
     state = model.sharded_state_dict()
     entries = {k: v for k, v in state.items() if ".fope." in k}
     assert {k.rsplit(".", 1)[1] for k in entries} == {"sin_coef", "cos_coef"} and len(entries) == 4
     shapes = {tuple(entry.global_shape) for entry in entries.values()}
-    d_in, d_out = fope_config().d_in(16), fope_config().d_out(16)
+    _, d_in, d_out = Geometry(fope_config(), 16).coefficient_shape
     assert shapes == {(2, 2, d_in, d_out)}, "layers stacked, heads unsharded"
 
 

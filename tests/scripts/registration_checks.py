@@ -355,6 +355,7 @@ def other_position_embeddings_are_left_alone() -> None:
 @check
 def fope_is_resolved_to_plain_values() -> None:
     from megatron_fope import FoPEConfig, fope_config_from_args, register
+    from megatron_fope.formula.geometry import Geometry
 
     register()
     without_flags = start([*ROPE, "--no-rope-fusion"])
@@ -373,12 +374,12 @@ def fope_is_resolved_to_plain_values() -> None:
         values = fope_values(args)
         assert args.position_embedding_type == "fope" and args.apply_rope_fusion is False
         assert all(type(value) in (int, float, bool, str, type(None)) for value in values.values()), values
-        expected = config.to_dict()
+        expected, geometry = config.to_dict(), Geometry(config, 16)
         base = expected.pop("rotary_base")
         assert values == expected | {
-            "kept_frequencies": config.d_in(16),
-            "clipped_frequencies": config.num_clipped(16),
-            "series": config.d_out(16),
+            "kept_frequencies": geometry.d_in,
+            "clipped_frequencies": geometry.num_clipped,
+            "series": geometry.d_out,
             "grow": None,
             "change_rotary_base": None,
             "backend": values["backend"],

@@ -21,6 +21,7 @@ from synthetic import LATEST, SyntheticCheckpoint, main
 
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 from megatron_fope.tools.conversion import convert, diff, inert, inspect
 from megatron_fope.tools.conversion.source import open_checkpoint
 
@@ -43,7 +44,7 @@ def test_rope_to_fope(rope: SyntheticCheckpoint, tmp_path: Path) -> None:
     assert (made.args.fope_seed, made.args.fope_gain, made.args.fope_kept_frequencies) == (3, 0.5, 3)
     for leaf in ("sin_coef", "cos_coef"):
         value = made.read_tensor(f"decoder.layers.self_attention.fope.{leaf}")
-        fresh = [config.make_coefficients(2, 16, layer=layer)[leaf] for layer in range(1, 5)]
+        fresh = [Geometry(config, 16, 2).make_coefficients(layer=layer)[leaf] for layer in range(1, 5)]
         assert torch.equal(value, torch.stack(fresh))
     changed = ("position_embedding_type", "add_position_embedding")
     old = {key: value for key, value in vars(rope.args).items() if key not in changed}
@@ -241,7 +242,7 @@ def test_inspect_legacy(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (tmp_path / "legacy" / LATEST).write_text("4")
     name = "decoder.layers.0.self_attention.fope.sin_coef"
-    model = {name: FOPE.make_coefficients(2, 16, layer=1)["sin_coef"]}
+    model = {name: Geometry(FOPE, 16, 2).make_coefficients(layer=1)["sin_coef"]}
     torch.save({"args": made.args, "model": model}, folder / "model_optim_rng.pt")
     found = inspect(tmp_path / "legacy")
     assert (found.format, found.parameters, found.train_length) == ("torch", None, 64)

@@ -10,6 +10,7 @@ import torch
 from trainer import FOPE, TP2, Run, Trainer
 
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 from megatron_fope.formula.growth import grow_coefficients
 from megatron_fope.tools.conversion import Conversion, convert, diff
 from megatron_fope.tools.conversion.source import Checkpoint, open_checkpoint
@@ -72,10 +73,9 @@ def test_longer(trainer: Trainer, converted: Conversion, tmp_path: Path) -> None
     run = resume(trainer, "longer", longer.target, *flags, nproc=2)
     old = FoPEConfig.from_profile(train_length=64, seed=5)
     new = FoPEConfig.from_profile(train_length=256, seed=5, rotary_base=20000.0)
+    before, after = (Geometry(config, 16, 2) for config in (old, new))
     for layer in range(1, 5):
-        grown = grow_coefficients(
-            old.make_coefficients(2, 16, layer=layer), old, new, 16, num_kv_heads=2, layer=layer
-        )
+        grown = grow_coefficients(before.make_coefficients(layer=layer), before, after, layer=layer)
         for name, value in run.coefficients().items():
             assert torch.equal(value[layer - 1], grown[name])
 

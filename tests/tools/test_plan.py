@@ -263,8 +263,7 @@ def test_fope_of_a_rank(parse: Any) -> None:
     """sin and cos of the rank's positions, once; both coefficients of all KV heads in every layer."""
     args = parse(LLAMA_8B, "--context-parallel-size 2 --pipeline-model-parallel-size 4")
     memory = plan(args, Cluster(64, 80)).own.memory
-    fope = read_model(args).fope
-    d_in, d_out = fope.d_in(128), fope.d_out(128)
+    _, d_in, d_out = read_model(args).geometry.coefficient_shape
     assert memory.table == 2 * 4096 * d_in * 4
     assert memory.coefficients == 8 * 2 * 8 * d_in * d_out * 4
     assert plan(parse(LLAMA_8B, "--position-embedding-type rope"), Cluster(64, 80)).own.memory.table == 0

@@ -15,6 +15,7 @@ from launch import ROOT, TINY_MODEL, losses, torchrun
 from trainer import FOPE, TP2
 
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 from megatron_fope.tools.data import prepare_data
 
 pytestmark = pytest.mark.launch
@@ -133,8 +134,9 @@ def test_tensor_parallel_training_agrees(one_rank: Run, two_ranks: Run) -> None:
 
 def test_checkpoint_holds_the_coefficients_exactly(one_rank: Run, two_ranks: Run) -> None:
     config = FoPEConfig.from_profile(train_length=LENGTH)
+    geometry = Geometry(config, HEAD_DIM, KV_HEADS)
     for name in ("sin_coef", "cos_coef"):
-        layers = [config.make_coefficients(KV_HEADS, HEAD_DIM, layer=i + 1)[name] for i in range(LAYERS)]
+        layers = [geometry.make_coefficients(layer=i + 1)[name] for i in range(LAYERS)]
         for run in (one_rank, two_ranks):
             assert torch.equal(stored(run, name), torch.stack(layers))
 
@@ -204,7 +206,7 @@ def test_learnable_coefficients_train_alike_under_tensor_parallelism(learnable: 
     assert parallel.losses == pytest.approx(single.losses, abs=1e-5)
     assert parallel.grad_norms == pytest.approx(single.grad_norms, abs=2e-3)
     config = FoPEConfig.from_profile(train_length=LENGTH)
-    start = config.make_coefficients(KV_HEADS, HEAD_DIM, layer=1)["cos_coef"]
+    start = Geometry(config, HEAD_DIM, KV_HEADS).make_coefficients(layer=1)["cos_coef"]
     moved = [(stored(run, "cos_coef")[0] - start).abs().amax(dim=(1, 2)) for run in learnable]
     assert all(m.min() > 1e-3 for m in moved), "the coefficients of every head must have moved"
     # Adam's first steps have the size of the learning rate whatever the gradient, so tiny gradients'
@@ -216,7 +218,8 @@ def test_half_precision_keeps_coefficients_exact(trainer: Trainer) -> None:
     run = trainer.run("bf16", *FOPE, "--bf16", *TP2, nproc=2)
     assert run.losses[-1] < run.losses[0]
     coefficients = stored(run, "sin_coef")
-    expected = FoPEConfig.from_profile(train_length=LENGTH).make_coefficients(KV_HEADS, HEAD_DIM, layer=1)
+    config = FoPEConfig.from_profile(train_length=LENGTH)
+    expected = Geometry(config, HEAD_DIM, KV_HEADS).make_coefficients(layer=1)
     assert coefficients.dtype == torch.float32 and torch.equal(coefficients[0], expected["sin_coef"])
 
 

@@ -128,12 +128,13 @@ def _parts(checkpoint: Checkpoint, plan: settings.Settings) -> list[Any]:
     """The new coefficients; made before anything is written."""
     if plan.new is None:
         return []
-    model = geometry(checkpoint.args)
+    new = geometry(checkpoint.args, plan.new)
     layers = attention_layers(checkpoint)
     if plan.old is None:
-        made = (fresh_parts(group, plan.new, model) for group in layers)
+        made = (fresh_parts(group, new) for group in layers)
     else:
-        made = (grown_parts(group, checkpoint, plan.old, plan.new, model) for group in layers)
+        old = geometry(checkpoint.args, plan.old)
+        made = (grown_parts(group, checkpoint, old, new) for group in layers)
     return list(itertools.chain.from_iterable(made))
 
 
@@ -144,9 +145,8 @@ def _removed(checkpoint: Checkpoint, old: Any) -> list[str]:
         if names:
             raise UserError(f"SOURCE {str(checkpoint.path)!r} says RoPE, but it holds {names[0]}")
         return []
-    leaves = ("sin_coef", "cos_coef") if old.separate_basis else ("fourier_coef",)
     for layers in attention_layers(checkpoint):
-        for leaf in leaves:
+        for leaf in old.coefficient_names:
             if layers.name(leaf) not in names:
                 raise UserError(f"SOURCE {str(checkpoint.path)!r} has no {layers.name(leaf)}")
     return names

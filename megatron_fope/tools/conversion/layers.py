@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_fope.arguments.megatron import head_dim_of, num_kv_heads_of
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 from megatron_fope.tools.conversion.source import Checkpoint, is_optimizer
 
 _PROJECTION = re.compile(r"(.*\.)self_attention\.(?:linear_qkv|linear_kv_down_proj)\.weight")
@@ -35,7 +36,7 @@ class AttentionLayers:
     numbers: tuple[int, ...]
     """Megatron's layer numbers, from 1."""
     stack: str
-    """See :meth:`FoPEConfig.make_coefficients`."""
+    """See :meth:`Geometry.make_coefficients`."""
     stacked: bool
 
     def name(self, leaf: str) -> str:
@@ -51,16 +52,6 @@ class AttentionLayers:
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """The sizes of a model that coefficients depend on."""
-
-    head_dim: int
-    """Channels of a head that are rotated."""
-    num_kv_heads: int
-    """KV heads of the whole model; 1 for multi-latent attention."""
-
-
-@dataclass(frozen=True)
 class Part:
     """What Megatron stores as one piece: one layer's share of a tensor."""
 
@@ -72,11 +63,10 @@ class Part:
     """Shape of the whole tensor."""
 
 
-def geometry(args: Any) -> Geometry:
-    """The sizes of a checkpoint's model from its arguments."""
-    if getattr(args, "multi_latent_attention", False):
-        return Geometry(head_dim_of(args), 1)
-    return Geometry(head_dim_of(args), num_kv_heads_of(args))
+def geometry(args: Any, config: FoPEConfig) -> Geometry:
+    """FoPE's numbers for a checkpoint's model, from its arguments."""
+    one_head = getattr(args, "multi_latent_attention", False)
+    return Geometry(config, head_dim_of(args), 1 if one_head else num_kv_heads_of(args))
 
 
 def attention_layers(checkpoint: Checkpoint) -> list[AttentionLayers]:
@@ -108,30 +98,23 @@ def attention_layers(checkpoint: Checkpoint) -> list[AttentionLayers]:
     return layers
 
 
-def fresh_parts(layers: AttentionLayers, config: FoPEConfig, model: Geometry) -> Iterator[Part]:
+def fresh_parts(layers: AttentionLayers, new: Geometry) -> Iterator[Part]:
     """Fresh coefficients as a new model under the same settings would make them."""
-    made = {
-        number: config.make_coefficients(model.num_kv_heads, model.head_dim, layer=number, stack=layers.stack)
-        for number in layers.numbers
-    }
+    made = {number: new.make_coefficients(layer=number, stack=layers.stack) for number in layers.numbers}
     return parts(layers, made)
 
 
 def grown_parts(
-    layers: AttentionLayers, checkpoint: Checkpoint, old: FoPEConfig, new: FoPEConfig, model: Geometry
+    layers: AttentionLayers, checkpoint: Checkpoint, old: Geometry, new: Geometry
 ) -> Iterator[Part]:
     """A checkpoint's coefficients for other settings; see :mod:`megatron_fope.formula.growth`."""
     from megatron_fope.formula.growth import grow_coefficients
 
-    leaves = ("sin_coef", "cos_coef") if old.separate_basis else ("fourier_coef",)
-    stored = {leaf: checkpoint.read_tensor(layers.name(leaf)) for leaf in leaves}
+    stored = {leaf: checkpoint.read_tensor(layers.name(leaf)) for leaf in old.config.coefficient_names}
     grown = {
-        number: grow_coefficients(
-            values, old, new, model.head_dim, num_kv_heads=model.num_kv_heads, layer=number,
-            stack=layers.stack,
-        )
+        number: grow_coefficients(values, old, new, layer=number, stack=layers.stack)
         for number, values in layers.split(stored).items()
-    }  # fmt: skip
+    }
     return parts(layers, grown)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from megatron_fope.arguments.checks import check_model
@@ -11,6 +13,7 @@ from megatron_fope.arguments.flags import FOPE, fope_config_from_args
 from megatron_fope.arguments.megatron import head_dim_of, num_kv_heads_of
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 
 _UNPLANNED = {
     "hybrid_layer_pattern": "hybrid models",
@@ -99,14 +102,17 @@ class Model:
         multiple = self.vocabulary_multiple * tp
         return -(-self.vocabulary // multiple) * multiple
 
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Of a model with FoPE."""
+        assert self.fope is not None
+        return Geometry(self.fope, self.head_dim, self.groups)
+
     def coefficients(self) -> int:
         """Numbers (float32) of one layer's FoPE coefficients; every rank holds those of all KV heads."""
         if self.fope is None:
             return 0
-        size = 2 if self.fope.separate_basis else 1
-        for extent in self.fope.coefficient_shape(self.groups, self.head_dim):
-            size *= extent
-        return size
+        return len(self.fope.coefficient_names) * math.prod(self.geometry.coefficient_shape)
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ def memory_of(model: Model, training: Training, layout: Layout, stage: int) -> M
         states(count, training, layout),
         activations(model, training, layout, stage),
         coefficients=4 * model.coefficients() * (model.layers // layout.pp) if frozen else 0,
-        table=2 * tokens * fope.d_in(model.head_dim) * 4 if fope is not None else 0,
+        table=2 * tokens * model.geometry.d_in * 4 if fope is not None else 0,
     )
 
 
