@@ -619,23 +619,6 @@ def test_workers_keep_the_order_and_pass_on_bad_files(
         prepare_data([source, bad], out / "3", tokenizer=hugging_face / "tokenizer.json", workers=2)
 
 
-def killed(*_: object) -> None:
-    """In place of encoding, in a worker: what the system does when memory is short."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_killed_worker_is_one_line(
-    tmp_path: Path, out: Path, hugging_face: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from megatron_fope.tools.data import tokenizers
-
-    monkeypatch.setattr(tokenizers, "_encode_chunk", killed)
-    source = write_jsonl(tmp_path / "a.jsonl", LONG)
-    with pytest.raises(UserError, match=r"^--workers: one of the 2 processes was killed.*use fewer$"):
-        prepare_data(source, out / "data", tokenizer=hugging_face / "tokenizer.json", workers=2)
-    assert left_behind(out) == []
-
-
 def test_the_tokenizer_is_never_replaced(tmp_path: Path, hugging_face: Path) -> None:
     """``tokenizer.json`` is what a dataset of that prefix would write, too."""
     before = (hugging_face / "tokenizer.json").read_bytes()

@@ -19,7 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "An existing dataset is never replaced unless asked; an interrupted run leaves nothing that loads."
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="text or JSONL files, or folders of them")
+    add(
+        "--input",
+        dest="inputs",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="text or JSONL files, or folders of them",
+    )
     add("--output-prefix", required=True, metavar="PREFIX", help="PREFIX.bin, .idx and .json are written")
     add("--overwrite", action="store_true", help="replace an existing dataset of that prefix")
     add(
@@ -40,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(),
         default=1,
         metavar="N",
-        help="Hugging Face tokenizers: processes (default: 1)",
+        help="Hugging Face tokenizers: threads (default: 1)",
     )
     add(
         "--include",
@@ -58,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--format",
+        dest="input_format",
         choices=FORMATS,
         default="auto",
         help="auto (the default): .jsonl, .ndjson and .json hold a JSON object per line, other files are one "
@@ -96,23 +104,7 @@ def run(args: argparse.Namespace) -> int:
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megatron_fope").setLevel(logging.INFO)
-    done = prepare_data(
-        args.input,
-        args.output_prefix,
-        tokenizer=args.tokenizer,
-        include=args.include,
-        exclude=args.exclude,
-        input_format=args.format,
-        json_key=args.json_key,
-        append_eod=args.append_eod,
-        eod_token=args.eod_token,
-        shuffle_seed=args.shuffle_seed,
-        holdout_fraction=args.holdout_fraction,
-        holdout_seed=args.holdout_seed,
-        on_bad_file=args.on_bad_file,
-        workers=args.workers,
-        overwrite=args.overwrite,
-    )
+    done = prepare_data(**{name: value for name, value in vars(args).items() if name != "command"})
     print(
         f"read {done.files} files, {done.text_bytes / 1e6:.1f} MB of text in {done.seconds:.1f} s; "
         f"left out {done.empty_documents} empty documents and {len(done.skipped)} bad files or lines"

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import json
 import logging
 import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.log import quiet_imports
 from megatron_fope.tools.data.output import (
-    move_into_place,
+    WrittenDataset,
     output_prefixes,
-    refuse_existing,
+    publish,
     refuse_output_over_input,
     staging_folder,
 )
@@ -37,28 +36,12 @@ from megatron_fope.tools.data.tokenizers import BYTES, Tokenizer, encode_documen
 
 logger = logging.getLogger(__name__)
 
-SIDECAR_VERSION = 1
 ON_BAD_FILE = ("refuse", "skip")
 
 _MOST_WORKERS = 1024
 
 _MAX_DOCUMENT_TOKENS = 2**31 - 1
 """Megatron's index holds lengths as 32-bit integers."""
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenDataset:
-    """One ``.bin``/``.idx``/``.json`` triple.
-
-    Attributes:
-        prefix: what Megatron's ``--data-path`` takes.
-        documents: how many it holds.
-        tokens: how many it holds, ends of documents included.
-    """
-
-    prefix: str
-    documents: int
-    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +132,12 @@ def prepare_data(
     started = time.monotonic()
     if isinstance(inputs, str | os.PathLike):
         inputs = [inputs]
-    _check_choice("--on-bad-file", on_bad_file, ON_BAD_FILE)
-    _check_choice("--format", input_format, FORMATS)
+    for flag, given, allowed in (
+        ("--on-bad-file", on_bad_file, ON_BAD_FILE),
+        ("--format", input_format, FORMATS),
+    ):
+        if given not in allowed:
+            raise UserError(f"{flag} is {given!r}; allowed: {', '.join(allowed)}")
     if not 0 <= holdout_fraction < 1:
         raise UserError(f"--holdout-fraction is {holdout_fraction}; allowed: 0 to less than 1")
     if not 1 <= workers <= _MOST_WORKERS:
@@ -158,8 +145,7 @@ def prepare_data(
     for flag, seed in (("--shuffle-seed", shuffle_seed), ("--holdout-seed", holdout_seed)):
         if seed is not None and seed < 0:  # Python's generators take a seed and its negative for the same
             raise UserError(f"{flag} is {seed}; allowed: 0 or more")
-    prefixes = output_prefixes(output_prefix, bool(holdout_fraction))
-    refuse_existing(prefixes, overwrite)
+    prefixes = output_prefixes(output_prefix, overwrite=overwrite, heldout=bool(holdout_fraction))
     encoder = load_tokenizer(tokenizer, eod_token=eod_token, append_eod=append_eod)
 
     sources, unreadable = find_sources(inputs, include=include, exclude=exclude, input_format=input_format)
@@ -177,7 +163,7 @@ def prepare_data(
 
     dtype = DType.optimal_dtype(encoder.vocab_size)
 
-    with staging_folder(Path(output_prefix)) as staging:
+    with staging_folder(output_prefix) as staging:
         everything = str(staging / "all")
         builder = IndexedDatasetBuilder(f"{everything}.bin", dtype=dtype)
         try:
@@ -207,9 +193,8 @@ def prepare_data(
             for prefix, part in zip(prefixes, parts, strict=True)
         ]
         flags = encoder.megatron_flags()
+        empty = corpus.empty + corpus.read - len(kept)
         common = {
-            "format_version": SIDECAR_VERSION,
-            "megatron_fope": _own_version(),
             "megatron_core": megatron,
             "tokenizer": encoder.describe(),
             "dtype": dtype.__name__,
@@ -221,19 +206,16 @@ def prepare_data(
                 "files": len(sources),
                 "text_bytes": corpus.text_bytes,
                 "sha256": corpus.digest.hexdigest(),
-                "empty_documents": corpus.empty + corpus.read - len(kept),
+                "empty_documents": empty,
                 "skipped": len(corpus.skipped),
             },
         }
-        for dataset, stage, role in zip(written, staged, ("train", "heldout"), strict=False):
-            own = {
-                "split": role if holdout_fraction else "all",
-                "documents": dataset.documents,
-                "tokens": dataset.tokens,
-            }
-            Path(f"{stage}.json").write_text(json.dumps(common | own, indent=2) + "\n", encoding="utf-8")
-        refuse_existing(prefixes, overwrite)
-        move_into_place(staged, prefixes)
+        sides = ("train", "heldout") if holdout_fraction else ("all",)
+        sidecars = [
+            common | {"split": side, "documents": dataset.documents, "tokens": dataset.tokens}
+            for side, dataset in zip(sides, written, strict=True)
+        ]
+        publish(staged, written, sidecars, overwrite=overwrite)
 
     for note in _training_notes(encoder, prefixes):
         logger.warning(note)
@@ -244,7 +226,7 @@ def prepare_data(
         tokens=sum(dataset.tokens for dataset in written),
         text_bytes=corpus.text_bytes,
         files=len(sources),
-        empty_documents=corpus.empty + corpus.read - len(kept),
+        empty_documents=empty,
         skipped=tuple(corpus.skipped),
         vocab_size=encoder.vocab_size,
         eod_id=encoder.eod_id,
@@ -254,47 +236,26 @@ def prepare_data(
     )
 
 
-def read_sidecar(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Read what :func:`prepare_data` wrote about a dataset; ``None`` if it was not made by it.
-
-    Raises:
-        UserError: ``PREFIX.json`` is there but is not such a file.
-    """
-    path = Path(f"{os.fspath(prefix)}.json")
-    try:
-        sidecar = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as the description of a dataset ({error})") from None
-    if not isinstance(sidecar, dict) or sidecar.get("format_version") != SIDECAR_VERSION:
-        raise UserError(f"{path}: is not a description that prepare-data of this version wrote")
-    return sidecar
-
-
+@dataclass
 class _Corpus:
-    """The documents of the sources, in order, with what was met on the way.
+    """The documents of the sources, in order, with what was met on the way."""
 
-    Attributes:
-        skipped: bad files and lines.
-        empty: documents of white space only.
-        read: documents handed out.
-        text_bytes: their bytes.
-        digest: SHA-256 over them, each preceded by its length as 8 bytes little-endian.
-        identities: a digest of each, if asked for.
-    """
-
-    def __init__(self, sources: Sequence[Source], json_key: str, *, skip_bad: bool, identify: bool) -> None:
-        self.sources = sources
-        self.json_key = json_key
-        self.skip_bad = skip_bad
-        self.identify = identify
-        self.skipped: list[BadDocument] = []
-        self.empty = 0
-        self.read = 0
-        self.text_bytes = 0
-        self.digest = hashlib.sha256()
-        self.identities: list[bytes] = []
+    sources: Sequence[Source]
+    json_key: str
+    skip_bad: bool
+    identify: bool
+    skipped: list[BadDocument] = field(default_factory=list)
+    """Bad files and lines."""
+    empty: int = 0
+    """Documents of white space only."""
+    read: int = 0
+    """Documents handed out."""
+    text_bytes: int = 0
+    """Of those."""
+    digest: Any = field(default_factory=hashlib.sha256)
+    """Over them, each preceded by its length as 8 bytes little-endian."""
+    identities: list[bytes] = field(default_factory=list)
+    """A digest of each, if asked for."""
 
     def documents(self, advance: Callable[[int], None]) -> Iterator[bytes]:
         """Yield each document's bytes; ``advance`` is told how many bytes of the files were read."""
@@ -377,9 +338,7 @@ def _hold_out(
     Raises:
         UserError: copies of a text belong together, and no such division leaves both parts some.
     """
-    copies: dict[bytes, int] = {}
-    for identity in identities:
-        copies[identity] = copies.get(identity, 0) + 1
+    copies = Counter(identities)
     room = max(1, round(fraction * len(order)))
     heldout: set[bytes] = set()
     for identity in sorted(copies, key=lambda text: hashlib.sha256(b"%d:" % seed + text).digest()):
@@ -396,11 +355,6 @@ def _hold_out(
             "side empty; give more documents or another fraction"
         )
     return parts
-
-
-def _check_choice(flag: str, given: str, allowed: Sequence[str]) -> None:
-    if given not in allowed:
-        raise UserError(f"{flag} is {given!r}; allowed: {', '.join(allowed)}")
 
 
 def _training_notes(encoder: Tokenizer, prefixes: Sequence[str]) -> Iterator[str]:
@@ -435,13 +389,6 @@ def _progress(total: int, show: bool | None) -> Iterator[Callable[[int], None]]:
             logger.info("read %.1f of %.1f MB (%.0f%%)", done / 1e6, total / 1e6, 100 * done / max(total, 1))
 
     yield advance
-
-
-def _own_version() -> str | None:
-    try:
-        return importlib.metadata.version("megatron-fope")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _shown(inputs: Sequence[str | os.PathLike[str]]) -> str:

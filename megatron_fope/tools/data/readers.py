@@ -22,9 +22,13 @@ DEFAULT_INCLUDE = ("*.txt", "*.md", "*.rst", "*.py", "*.jsonl", "*.ndjson")
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 JSON_SUFFIX = ".json"
-"""Read as JSONL if it is; else it has to be said what it is meant to be."""
+"""Read as JSONL if it is; otherwise ``--format`` has to say what it is."""
 FORMATS = ("auto", "text", "jsonl")
 
+_NOT_JSONL = (
+    "holds no JSON object in its first line, so it is not JSON Lines; for an array: jq -c '.[]' FILE > "
+    "FILE.jsonl; to take the whole file as one text: --format text"
+)
 
 _PACKED = {
     b"\x1f\x8b": "gzip",
@@ -114,27 +118,14 @@ def find_sources(
         else:
             raise UserError(f"--input: {root} does not exist; give files or folders")
         for path in paths:
-            try:
-                info = path.stat()
-            except OSError as error:
-                bad.append(BadDocument(str(path), f"cannot be read ({error.strerror})"))
-                continue
-            # Opening a named pipe would wait for ever.
-            if not stat.S_ISREG(info.st_mode):
-                bad.append(BadDocument(str(path), "is not a regular file"))
-                continue
             real = os.path.realpath(path)
             if real not in seen:
                 seen.add(real)
-                suffix = path.suffix.lower()
-                jsonl = input_format == "jsonl" or (input_format == "auto" and suffix in JSONL_SUFFIXES)
-                if input_format == "auto" and suffix == JSON_SUFFIX:
-                    problem = _why_not_jsonl(path)
-                    if problem:
-                        bad.append(BadDocument(str(path), problem))
-                        continue
-                    jsonl = True
-                sources.append(Source(path, info.st_size, jsonl))
+                found = _source(path, input_format)
+                if isinstance(found, Source):
+                    sources.append(found)
+                else:
+                    bad.append(found)
     return sources, bad
 
 
@@ -148,51 +139,52 @@ def read_documents(source: Source, json_key: str = "text") -> Iterator[tuple[byt
     Yields:
         ``(document, consumed)``; the document is valid UTF-8 and may be empty.
     """
+    path = source.path
     try:
-        if source.is_jsonl:
-            yield from _read_jsonl(source.path, json_key)
-        else:
-            data = source.path.read_bytes()
-            try:
-                data.decode()
-            except UnicodeDecodeError as error:
-                yield BadDocument(str(source.path), _not_utf8(error) + _hint(data)), len(data)
-            else:
-                yield data, len(data)
+        with path.open("rb") as file:
+            for number, data in enumerate(file, start=1) if source.is_jsonl else [(0, file.read())]:
+                # A blank line separates nothing and holds nothing: most JSONL files end with one.
+                if number and not data.strip():
+                    continue
+                found = _parse_line(data, json_key, first=number == 1) if number else _checked_text(data)
+                where = f"{path}:{number}" if number else str(path)
+                yield BadDocument(where, found) if isinstance(found, str) else found, len(data)
     except OSError as error:
-        yield BadDocument(str(source.path), f"cannot be read ({error.strerror})"), 0
+        yield _unreadable(path, error), 0
 
 
-def _why_not_jsonl(path: Path) -> str | None:
-    """Why a ``.json`` file is not read; None if it holds an object per line, or nothing."""
+def _source(path: Path, input_format: str) -> Source | BadDocument:
+    suffix = path.suffix.lower()
     try:
-        with path.open("rb") as lines:
-            first = next((line for line in lines if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+        info = path.stat()
+        # Opening a named pipe would wait for ever.
+        if not stat.S_ISREG(info.st_mode):
+            return BadDocument(str(path), "is not a regular file")
+        if input_format == "auto" and suffix == JSON_SUFFIX:
+            return Source(path, info.st_size, True) if _is_jsonl(path) else BadDocument(str(path), _NOT_JSONL)
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    try:
-        if not first or isinstance(json.loads(first.decode("utf-8-sig")), dict):
-            return None
-    except (ValueError, RecursionError):
-        pass
-    return (
-        "holds no JSON object in its first line, so it is not JSON Lines; for an array: jq -c '.[]' FILE > "
-        "FILE.jsonl; to take the whole file as one text: --format text"
-    )
+        return _unreadable(path, error)
+    jsonl = input_format == "jsonl" or (input_format == "auto" and suffix in JSONL_SUFFIXES)
+    return Source(path, info.st_size, jsonl)
 
 
-def _read_jsonl(path: Path, json_key: str) -> Iterator[tuple[bytes | BadDocument, int]]:
+def _is_jsonl(path: Path) -> bool:
+    """Whether a file holds an object in its first line, or nothing."""
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            # A blank line separates nothing and holds nothing: most JSONL files end with one.
-            if line.strip():
-                parsed = _parse_line(line, json_key, first=number == 1)
-                if isinstance(parsed, str):
-                    if number == 1 and parsed.startswith("not UTF-8"):
-                        parsed += _hint(line)
-                    yield BadDocument(f"{path}:{number}", parsed), len(line)
-                else:
-                    yield parsed, len(line)
+        first = next((line for line in lines if line.strip(b"\xef\xbb\xbf \t\r\n")), b"{}")
+    try:
+        return isinstance(json.loads(first.decode("utf-8-sig")), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _checked_text(data: bytes) -> bytes | str:
+    """A whole file as bytes, or as ``str`` the reason that it is no document."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return _not_utf8(error, "of the file", first=True)
+    return data
 
 
 def _parse_line(line: bytes, json_key: str, *, first: bool) -> bytes | str:
@@ -200,7 +192,7 @@ def _parse_line(line: bytes, json_key: str, *, first: bool) -> bytes | str:
     try:
         record = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
-        return _not_utf8(error, "of the line")
+        return _not_utf8(error, "of the line", first=first)
     except json.JSONDecodeError as error:
         return f"not JSON at column {error.colno} ({error.msg})"
     except (RecursionError, ValueError) as error:
@@ -219,13 +211,16 @@ def _parse_line(line: bytes, json_key: str, *, first: bool) -> bytes | str:
         return f"a lone surrogate at character {error.start}"
 
 
-def _not_utf8(error: UnicodeDecodeError, of: str = "of the file") -> str:
-    return f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} {of}"
+def _not_utf8(error: UnicodeDecodeError, of: str, *, first: bool) -> str:
+    """A message for the file or line; what begins a file may tell what it is instead."""
+    data = error.object
+    kind = next((kind for start, kind in _PACKED.items() if first and data.startswith(start)), None)
+    hint = f" (it looks like {kind}: make text or JSONL of it first)" if kind else ""
+    return f"not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} {of}{hint}"
 
 
-def _hint(data: bytes) -> str:
-    kind = next((kind for start, kind in _PACKED.items() if data.startswith(start)), None)
-    return f" (it looks like {kind}: make text or JSONL of it first)" if kind else ""
+def _unreadable(path: Path, error: OSError) -> BadDocument:
+    return BadDocument(str(path), f"cannot be read ({error.strerror})")
 
 
 def _walk(root: Path, include: Sequence[str], exclude: Sequence[str], bad: list[BadDocument]) -> list[Path]:

@@ -14,7 +14,6 @@ chance is 6 %.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -23,17 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron_fope import __version__
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.log import quiet_imports
 from megatron_fope.tools.data.output import (
-    move_into_place,
+    WrittenDataset,
     output_prefixes,
-    refuse_existing,
+    publish,
+    read_sidecar,
     refuse_output_over_input,
     staging_folder,
 )
-from megatron_fope.tools.data.prepare import SIDECAR_VERSION, WrittenDataset, read_sidecar
 
 _RANDOM_TEXT_IDS = 64
 """Ids of the random text between pairs where no dataset gives a text."""
@@ -98,8 +96,7 @@ def make_recall_data(
     """
     started = time.monotonic()
     _check(length, documents, keys, values, pair_fraction, seed)
-    (prefix,) = prefixes = output_prefixes(output_prefix, False)
-    refuse_existing(prefixes, overwrite)
+    prefixes = output_prefixes(output_prefix, overwrite=overwrite)
     if text is not None:
         refuse_output_over_input(prefixes, [f"{os.fspath(text)}{end}" for end in (".bin", ".idx", ".json")])
     first = _RANDOM_TEXT_IDS if text is None else _vocab_size(text)
@@ -117,7 +114,8 @@ def make_recall_data(
     dtype = DType.optimal_dtype(vocab_size)
     flags = null_tokenizer_flags(vocab_size)
     haystack = None if text is None else _tokens(text)
-    with staging_folder(Path(prefix)) as staging:
+    written = WrittenDataset(prefixes[0], documents, documents * length)
+    with staging_folder(output_prefix) as staging:
         stage = str(staging / "recall")
         builder = IndexedDatasetBuilder(f"{stage}.bin", dtype=dtype)
         for number in range(documents):
@@ -128,13 +126,11 @@ def make_recall_data(
             builder.add_document(tokens.astype(dtype), [length])
         builder.finalize(f"{stage}.idx")
         sidecar = {
-            "format_version": SIDECAR_VERSION,
-            "megatron_fope": __version__,
             "dtype": dtype.__name__,
             "train_flags": flags,
             "split": "all",
-            "documents": documents,
-            "tokens": documents * length,
+            "documents": written.documents,
+            "tokens": written.tokens,
             "recall": {
                 "length": length,
                 "text": None if text is None else os.fspath(text),
@@ -145,11 +141,9 @@ def make_recall_data(
                 "seed": seed,
             },
         }
-        Path(f"{stage}.json").write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
-        refuse_existing(prefixes, overwrite)
-        move_into_place([stage], prefixes)
+        publish([stage], [written], [sidecar], overwrite=overwrite)
     return RecallData(
-        train=WrittenDataset(prefix, documents, documents * length),
+        train=written,
         key_ids=key_ids,
         value_ids=value_ids,
         vocab_size=vocab_size,

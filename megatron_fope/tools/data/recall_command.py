@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--values", type=whole(), default=8, metavar="N", help="different values of each key (default: 8)")
     add(
         "--common-values",
-        action="store_true",
+        dest="own_values",
+        action="store_false",
         help="all keys share the values; harder: the answer takes two attention layers, not one",
     )
     add(
@@ -57,18 +58,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: see :func:`make_recall_data`.
     """
-    done = make_recall_data(
-        args.output_prefix,
-        length=args.length,
-        documents=args.documents,
-        text=args.text,
-        keys=args.keys,
-        values=args.values,
-        own_values=not args.common_values,
-        pair_fraction=args.pair_fraction,
-        seed=args.seed,
-        overwrite=args.overwrite,
-    )
+    done = make_recall_data(**{name: value for name, value in vars(args).items() if name != "command"})
     keys, values = (f"{ids.start}-{ids.stop - 1}" for ids in (done.key_ids, done.value_ids))
     print(
         f"wrote {done.train.prefix}.bin, .idx, .json: {done.train.documents} documents, {done.train.tokens} "

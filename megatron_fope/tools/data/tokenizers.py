@@ -1,16 +1,13 @@
-"""The tokenizers of ``prepare-data``: bytes, or files in Hugging Face's formats.
-
-Nothing here imports Megatron or torch at module level: worker processes load this module.
-"""
+"""The tokenizers of ``prepare-data``: bytes, or files in Hugging Face's formats."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import signal
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +16,15 @@ from numpy.typing import NDArray
 
 from megatron_fope.common.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 BYTES = "bytes"
 BYTE_EOD = 256
 BYTE_VOCAB_SIZE = 257
 
 _CHUNK_BYTES = 1 << 20
+"""Texts that are encoded at once, so that a corpus need not fit in memory."""
+
 _HF_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.tiktoken")
 
 
@@ -38,6 +39,7 @@ class Tokenizer:
         eod_token: its text, for Hugging Face tokenizers.
         append_eod: whether :meth:`encode` appends it.
         sha256: of the tokenizer's files, to tell two tokenizers apart; ``None`` for bytes.
+        in_threads: whether it can encode several texts at once.
     """
 
     kind = BYTES
@@ -46,24 +48,26 @@ class Tokenizer:
     eod_id: int | None = BYTE_EOD
     eod_token: str | None = None
     sha256: str | None = None
+    in_threads = True
 
     def __init__(self, *, append_eod: bool = True) -> None:
         self.append_eod = append_eod
 
     def ids(self, text: bytes) -> NDArray[Any]:
         """Token ids of UTF-8 bytes, shape ``[tokens]``, any integer dtype, without the end of document."""
-        return np.frombuffer(text, dtype=np.uint8)
+        return next(self._batch([text]))
 
-    def encode(self, text: bytes, dtype: Any) -> NDArray[Any]:
-        """Token ids of UTF-8 bytes, shape ``[tokens]``, with the end of document if asked for."""
-        ids = self.ids(text)
-        # Some Hugging Face tokenizers end every text with their EOS; a second one would be a lie.
-        if not self.append_eod or (self.kind != BYTES and len(ids) and ids[-1] == self.eod_id):
-            return ids.astype(dtype)
-        out = np.empty(len(ids) + 1, dtype=dtype)
-        out[:-1] = ids
-        out[-1] = self.eod_id
-        return out
+    def encode(self, texts: list[bytes], dtype: Any) -> Iterator[NDArray[Any]]:
+        """Token ids of each text, shape ``[tokens]``, with the end of document if asked for."""
+        for ids in self._batch(texts):
+            # Some Hugging Face tokenizers end every text with their EOS; a second one would be a lie.
+            if not self.append_eod or (self.kind != BYTES and len(ids) and ids[-1] == self.eod_id):
+                yield ids.astype(dtype)
+            else:
+                yield np.append(ids.astype(dtype), np.array(self.eod_id, dtype))
+
+    def _batch(self, texts: list[bytes]) -> Iterator[NDArray[Any]]:
+        return (np.frombuffer(text, dtype=np.uint8) for text in texts)
 
     def files(self) -> list[Path]:
         """The files that it is made of."""
@@ -81,7 +85,7 @@ class Tokenizer:
         return null_tokenizer_flags(self.vocab_size)
 
     def megatron_notes(self) -> list[str]:
-        """What Megatron's training would do otherwise than the user may expect, one line each."""
+        """Where Megatron's training may not do what the user expects, one line each."""
         return []
 
 
@@ -107,51 +111,53 @@ class HuggingFaceTokenizer(Tokenizer):
         self, path: str | os.PathLike[str], *, eod_token: str | None = None, append_eod: bool = True
     ) -> None:
         super().__init__(append_eod=append_eod)
-        where = Path(path)
+        self._where = where = Path(path)
         if not os.fspath(path) or not where.exists():
             raise UserError(
                 f"--tokenizer: {str(path)!r} is neither 'bytes' nor an existing tokenizer.json or folder "
                 "of a Hugging Face tokenizer"
             )
         self.path = str(where)
-        encode, vocabulary, own_eos = _load_folder(where) if where.is_dir() else _load_file(where)
-        self._encode = encode
-        self.own_eod_token = own_eos
-        self.eod_token = eod_token if eod_token is not None else own_eos
+        load = _load_folder if where.is_dir() else _load_file
+        self._encode, vocabulary, self._own_eod_token, self.in_threads = load(where)
+        self.eod_token = eod_token if eod_token is not None else self._own_eod_token
         if self.eod_token is None:
             if append_eod:
                 raise UserError(
                     f"--tokenizer: {where} names no EOS token to end documents with; name one with "
                     "--eod-token or pass --no-append-eod"
                 )
+            self.eod_id = None
         elif self.eod_token not in vocabulary:
             flag = "--eod-token" if eod_token is not None else "--tokenizer"
             raise UserError(f"{flag}: {self.eod_token!r} is not in the vocabulary of {where}")
-        self.eod_id = vocabulary.get(self.eod_token)
+        else:
+            self.eod_id = vocabulary[self.eod_token]
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.sha256 = _sha256(where)
+        self.sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in self.files())).hexdigest()
 
-    def ids(self, text: bytes) -> NDArray[Any]:
-        return np.asarray(self._encode(text.decode()), dtype=np.int64)
+    def _batch(self, texts: list[bytes]) -> Iterator[NDArray[Any]]:
+        return (np.asarray(ids, np.int64) for ids in self._encode([text.decode() for text in texts]))
 
     def files(self) -> list[Path]:
-        return _files(Path(self.path))
+        if self._where.is_file():
+            return [self._where]
+        found = {file for pattern in _HF_FILES for file in self._where.glob(pattern)}
+        return sorted(file for file in found if file.is_file())
 
     def megatron_flags(self) -> list[str]:
-        path = Path(self.path)
         # Megatron reads the EOS token from tokenizer_config.json, which it only looks for in a folder.
-        model = path.parent if path.name == "tokenizer.json" else path
+        model = self._where.parent if self._where.name == "tokenizer.json" else self._where
         return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(model)]
 
     def megatron_notes(self) -> list[str]:
-        path = Path(self.path)
         notes = []
-        if path.is_file() and path.name != "tokenizer.json":
-            notes.append(f"{path} has to be named tokenizer.json for Megatron's HuggingFaceTokenizer")
-        if self.eod_token != self.own_eod_token:
+        if self._where.is_file() and self._where.name != "tokenizer.json":
+            notes.append(f"{self.path} has to be named tokenizer.json for Megatron's HuggingFaceTokenizer")
+        if self.eod_token != self._own_eod_token:
             notes.append(
                 f"documents end with {self.eod_token!r}, but Megatron takes the eos_token of "
-                f"tokenizer_config.json, which is {self.own_eod_token!r}, for the end of a document"
+                f"tokenizer_config.json, which is {self._own_eod_token!r}, for the end of a document"
             )
         return notes
 
@@ -182,74 +188,40 @@ def encode_documents(
         tokenizer: from :func:`load_tokenizer`.
         documents: UTF-8 bytes each.
         dtype: numpy dtype of the ids.
-        workers: processes; with 1, or with bytes (where copying costs more than encoding), this one.
+        workers: threads of the ``tokenizers`` library, which makes them once in a process.
 
     Yields:
         Ids of each document, shape ``[tokens]``.
     """
-    if workers == 1 or tokenizer.kind == BYTES:
+    if workers > 1 and not tokenizer.in_threads:
+        logger.warning("--workers is %d, but %s is a tokenizer for one thread", workers, tokenizer.path)
+    with _environment(TOKENIZERS_PARALLELISM=str(workers > 1).lower(), RAYON_NUM_THREADS=str(workers)):
+        chunk: list[bytes] = []
+        size = 0
         for text in documents:
-            yield tokenizer.encode(text, dtype)
-        return
+            chunk.append(text)
+            size += len(text)
+            if size >= _CHUNK_BYTES:
+                yield from tokenizer.encode(chunk, dtype)
+                chunk, size = [], 0
+        yield from tokenizer.encode(chunk, dtype)
 
-    import multiprocessing
-    from concurrent.futures import Future, ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
 
-    # A fork would copy the threads' locks that torch and the tokenizer hold.
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        _start_worker,
-        (tokenizer.path, tokenizer.eod_token, tokenizer.append_eod),
-    )
-    waiting: deque[Future[list[NDArray[Any]]]] = deque()
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
-        for chunk in _chunks(documents):
-            waiting.append(pool.submit(_encode_chunk, chunk, np.dtype(dtype).str))
-            # A bounded queue: the corpus need not fit in memory.
-            if len(waiting) > 2 * workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(
-            f"--workers: one of the {workers} processes was killed, as the system does when memory is short; "
-            "nothing was written; use fewer"
-        ) from None
+        yield
     finally:
-        pool.shutdown(cancel_futures=True)
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
-_worker_tokenizer: Tokenizer | None = None
-
-
-def _start_worker(path: str, eod_token: str | None, append_eod: bool) -> None:
-    global _worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends the workers
-    _worker_tokenizer = load_tokenizer(path, eod_token=eod_token, append_eod=append_eod)
-
-
-def _encode_chunk(texts: list[bytes], dtype: str) -> list[NDArray[Any]]:
-    return [_worker_tokenizer.encode(text, np.dtype(dtype)) for text in texts]
-
-
-def _chunks(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
-    chunk: list[bytes] = []
-    size = 0
-    for text in documents:
-        chunk.append(text)
-        size += len(text)
-        if size >= _CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-_Loaded = tuple[Callable[[str], list[int]], dict[str, int], str | None]
-"""Text to ids, token to id, and the EOS token if the files name one."""
+_Loaded = tuple[Callable[[list[str]], Iterable[list[int]]], dict[str, int], str | None, bool]
+"""Texts to ids, token to id, the EOS token if the files name one, and whether it encodes in threads."""
 
 
 def _load_file(path: Path) -> _Loaded:
@@ -265,8 +237,11 @@ def _load_file(path: Path) -> _Loaded:
         ) from None
     fast.no_truncation()
     fast.no_padding()
-    vocabulary = fast.get_vocab(with_added_tokens=True)
-    return lambda text: fast.encode(text).ids, vocabulary, _declared_eos(path.parent)
+
+    def encode(texts: list[str]) -> Iterator[list[int]]:
+        return (encoding.ids for encoding in fast.encode_batch(texts))
+
+    return encode, fast.get_vocab(with_added_tokens=True), _declared_eos(path.parent), True
 
 
 def _load_folder(path: Path) -> _Loaded:
@@ -275,14 +250,14 @@ def _load_folder(path: Path) -> _Loaded:
     except ImportError:
         raise UserError(_missing(path, "transformers")) from None
     try:
-        slow = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # Which one it is depends on the files and on the library's version.
         raise UserError(f"--tokenizer: transformers cannot load {path} ({_line(error)})") from None
 
-    def encode(text: str) -> list[int]:
-        return slow(text, truncation=False, padding=False, verbose=False)["input_ids"]
+    def encode(texts: list[str]) -> list[list[int]]:
+        return loaded(texts, truncation=False, padding=False, verbose=False)["input_ids"] if texts else []
 
-    return encode, slow.get_vocab(), slow.eos_token
+    return encode, loaded.get_vocab(), loaded.eos_token, loaded.is_fast
 
 
 def _declared_eos(folder: Path) -> str | None:
@@ -297,19 +272,6 @@ def _declared_eos(folder: Path) -> str | None:
         if isinstance(token, str):
             return token
     return None
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted({file for pattern in _HF_FILES for file in path.glob(pattern) if file.is_file()})
-    return [path]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    for file in _files(path):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _missing(path: Path, library: str) -> str:
