@@ -23,11 +23,11 @@ from torch import Tensor
 from megatron_fope import UserError
 from megatron_fope.arguments.flags import fope_config_of_checkpoint
 from megatron_fope.arguments.megatron import num_kv_heads_of
+from megatron_fope.checkpoint.reader import Checkpoint, is_optimizer, open_checkpoint
 from megatron_fope.common.command_line import OneLineParser, command, whole
 from megatron_fope.common.staging import staging_folder
 from megatron_fope.formula.geometry import Geometry, effective_coefficients
 from megatron_fope.layers.anneal import is_annealed
-from megatron_fope.tools.conversion.source import Checkpoint, is_optimizer, open_checkpoint
 
 MODELING = Path(__file__).with_name("modeling_fope_llama.py")
 

@@ -202,8 +202,8 @@ def test_the_legacy_format_keeps_its_layout(
 
 
 def test_evaluation_names_the_damage(trainer: Trainer, whole: Run) -> None:
+    from megatron_fope.checkpoint.reader import open_checkpoint
     from megatron_fope.common.errors import UserError
-    from megatron_fope.tools.conversion.source import open_checkpoint
 
     folder = trainer.folder / "damaged" / "evaluation"
     shutil.copytree(whole.folder, folder)

@@ -13,7 +13,7 @@ from trainer import Run, Trainer
 from megatron_fope.checkpoint.files import TRACKER
 from megatron_fope.checkpoint.saving import release_shared_files
 from megatron_fope.common.errors import UserError
-from megatron_fope.tools.conversion import convert
+from megatron_fope.tools.conversion.converter import convert
 
 ROPE = ("--position-embedding-type", "rope")
 

@@ -23,9 +23,9 @@ from synthetic import COMMON, LATEST, SyntheticCheckpoint, main
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from megatron_fope.checkpoint.reader import open_checkpoint
 from megatron_fope.common.errors import UserError, exit_on_user_error
 from megatron_fope.formula.config import FoPEConfig
-from megatron_fope.tools.conversion.source import open_checkpoint
 from megatron_fope.tools.data import prepare_data
 from megatron_fope.tools.evaluation import launching
 

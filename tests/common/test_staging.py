@@ -10,7 +10,9 @@ from synthetic import SyntheticCheckpoint
 
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.staging import check_output_file, leftovers, staging_folder, write_text
-from megatron_fope.tools.conversion import convert, inspect, writing
+from megatron_fope.tools.conversion import writing
+from megatron_fope.tools.conversion.converter import convert
+from megatron_fope.tools.conversion.inspection import inspect
 
 
 def test_two_runs_for_one_target(tmp_path: Path) -> None:

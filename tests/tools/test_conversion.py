@@ -19,11 +19,14 @@ import torch
 from launch import ROOT
 from synthetic import LATEST, SyntheticCheckpoint, main
 
+from megatron_fope.checkpoint import inert
+from megatron_fope.checkpoint.reader import open_checkpoint
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
 from megatron_fope.formula.geometry import Geometry
-from megatron_fope.tools.conversion import convert, diff, inert, inspect
-from megatron_fope.tools.conversion.source import open_checkpoint
+from megatron_fope.tools.conversion.comparison import diff
+from megatron_fope.tools.conversion.converter import convert
+from megatron_fope.tools.conversion.inspection import inspect
 
 FOPE = FoPEConfig.from_profile(train_length=64)
 COEFFICIENT = "decoder.layers.self_attention.fope.sin_coef"

@@ -18,7 +18,7 @@ from synthetic import LATEST, SyntheticCheckpoint, main
 
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
-from megatron_fope.tools.conversion import convert
+from megatron_fope.tools.conversion.converter import convert
 
 FOPE = FoPEConfig.from_profile(train_length=64)
 

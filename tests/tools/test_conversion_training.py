@@ -9,11 +9,12 @@ import pytest
 import torch
 from trainer import FOPE, TP2, Run, Trainer
 
+from megatron_fope.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_fope.formula.config import FoPEConfig
 from megatron_fope.formula.geometry import Geometry
 from megatron_fope.formula.growth import grow_coefficients
-from megatron_fope.tools.conversion import Conversion, convert, diff
-from megatron_fope.tools.conversion.source import Checkpoint, open_checkpoint
+from megatron_fope.tools.conversion.comparison import diff
+from megatron_fope.tools.conversion.converter import Conversion, convert
 
 pytestmark = pytest.mark.launch
 

@@ -246,10 +246,10 @@ def test_the_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     }
     for name, text in site.items():
         monkeypatch.setenv(name, text)
-    rungs = plan(read_schedule(EXAMPLE))
-    assert [rung.args.seq_length for rung in rungs] == [32768, 131072]
-    assert all(rung.args.global_batch_size * rung.args.seq_length == 2**22 for rung in rungs)
-    assert not any(rung.source_read for rung in rungs[:1]) and rungs[0].launcher[0] == "srun"
+    plans = plan(read_schedule(EXAMPLE))
+    assert [one.args.seq_length for one in plans] == [32768, 131072]
+    assert all(one.args.global_batch_size * one.args.seq_length == 2**22 for one in plans)
+    assert not any(one.source_read for one in plans[:1]) and plans[0].launcher[0] == "srun"
 
 
 # Running --------------------------------------------------------------------------------------------

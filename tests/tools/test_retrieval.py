@@ -364,7 +364,7 @@ def test_bad_evaluation(
     flags: str, line: str, text: str, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line, before any process starts."""
-    from megatron_fope.tools.conversion.source import Checkpoint
+    from megatron_fope.checkpoint.reader import Checkpoint
 
     monkeypatch.setattr(
         launching,

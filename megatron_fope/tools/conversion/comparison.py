@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from megatron_fope.checkpoint.reader import COMMON_ENTRY, Checkpoint, open_checkpoint
 from megatron_fope.common.errors import UserError
 from megatron_fope.tools.conversion.inspection import shape_and_type
-from megatron_fope.tools.conversion.source import COMMON_ENTRY, Checkpoint, open_checkpoint
 
 _SHAPE = (
     "num_layers",

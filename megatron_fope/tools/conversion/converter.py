@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_fope.checkpoint.reader import Checkpoint, open_checkpoint, train_length_of
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.staging import leftovers
 from megatron_fope.tools.conversion import settings, writing
-from megatron_fope.tools.conversion.layers import attention_layers, fresh_parts, geometry, grown_parts
-from megatron_fope.tools.conversion.source import Checkpoint, open_checkpoint
+from megatron_fope.tools.conversion.layers import attention_layers, new_parts
 
 
-@dataclass(frozen=True)
-class Conversion:
+@dataclass(kw_only=True)
+class Conversion(writing.Written):
     """What :func:`convert` did."""
 
     target: Path
@@ -26,16 +24,7 @@ class Conversion:
     """Before and after."""
     train_length: tuple[int, int]
     """Before and after, in tokens; a RoPE model's is its ``seq_length``."""
-    coefficients: dict[str, tuple[int, ...]]
-    """Shape of every coefficient tensor of the new checkpoint."""
     learnable: bool
-    links: str
-    """How the data files got there: "copy", "clone" (a copy that shares its blocks until either file is
-    written), "hard" or "symbolic"."""
-    linked_files: int
-    linked_bytes: int
-    """Apparent size of the copied or linked files."""
-    written_bytes: int
     seconds: float
     leftovers: tuple[Path, ...]
     """Hidden folders of other conversions to the same target: interrupted, or still at work."""
@@ -94,7 +83,7 @@ def convert(
             f"SOURCE is {str(source)!r} with the legacy format torch; requires torch_dist, which Megatron "
             "makes of it with --ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
         )
-    before = checkpoint.position_embedding_type, _train_length(checkpoint.args)
+    before = checkpoint.position_embedding_type, checkpoint.train_length
     given = {name: value for name, value in fope.items() if value is not None}
     plan = settings.plan(
         checkpoint,
@@ -106,36 +95,18 @@ def convert(
     )
     left = leftovers(target)
     removed = _removed(checkpoint, plan.old)
-    parts = _parts(checkpoint, plan)
+    parts = [] if plan.new is None else list(new_parts(checkpoint, plan.old, plan.new))
     written = writing.write(checkpoint, target, plan.args, removed, parts, link=link)
     return Conversion(
+        **vars(written),
         target=target,
         iteration=checkpoint.iteration,
         position_embedding_type=(before[0], position_embedding_type),
-        train_length=(before[1], _train_length(plan.args)),
-        coefficients=written.tensors,
+        train_length=(before[1], train_length_of(plan.args)),
         learnable=plan.new is not None and plan.new.learnable,
-        links=written.links,
-        linked_files=written.linked_files,
-        linked_bytes=written.linked_bytes,
-        written_bytes=written.written_bytes,
         seconds=time.monotonic() - began,
         leftovers=tuple(left),
     )
-
-
-def _parts(checkpoint: Checkpoint, plan: settings.Settings) -> list[Any]:
-    """The new coefficients; made before anything is written."""
-    if plan.new is None:
-        return []
-    new = geometry(checkpoint.args, plan.new)
-    layers = attention_layers(checkpoint)
-    if plan.old is None:
-        made = (fresh_parts(group, new) for group in layers)
-    else:
-        old = geometry(checkpoint.args, plan.old)
-        made = (grown_parts(group, checkpoint, old, new) for group in layers)
-    return list(itertools.chain.from_iterable(made))
 
 
 def _removed(checkpoint: Checkpoint, old: Any) -> list[str]:
@@ -150,10 +121,6 @@ def _removed(checkpoint: Checkpoint, old: Any) -> list[str]:
             if layers.name(leaf) not in names:
                 raise UserError(f"SOURCE {str(checkpoint.path)!r} has no {layers.name(leaf)}")
     return names
-
-
-def _train_length(args: argparse.Namespace) -> int:
-    return getattr(args, "fope_train_length", None) or args.seq_length
 
 
 def _check_target(source: Path, target: Path) -> None:

@@ -11,8 +11,19 @@ from typing import Any
 
 from megatron_fope.arguments.flags import FOPE
 from megatron_fope.checkpoint.files import is_coefficient, newer_than
+from megatron_fope.checkpoint.reader import Checkpoint, is_optimizer, open_checkpoint
 from megatron_fope.layers import anneal
-from megatron_fope.tools.conversion.source import Checkpoint, is_optimizer, open_checkpoint
+
+_FOPE = (
+    "train_length",
+    "profile",
+    "scaling",
+    "kept_frequencies",
+    "clipped_frequencies",
+    "series",
+    "learnable",
+)
+"""FoPE's settings that are shown."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +73,11 @@ class Inspection:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
+        base = "" if self.rotary_base is None else f", rotary base {self.rotary_base:g}"
         lines = [
             f"{self.folder}, iteration {self.iteration} (there: {', '.join(self.iterations) or 'no others'})",
             f"format               {self.format}" + (f", Megatron {self.megatron}" if self.megatron else ""),
-            f"position embedding   {self.position_embedding_type}, rotary base {self.rotary_base:g}"
-            if self.rotary_base is not None
-            else f"position embedding   {self.position_embedding_type}",
+            f"position embedding   {self.position_embedding_type}{base}",
             f"sequence length      {self.seq_length} tokens",
         ]
         if self.position_embedding_type == FOPE:
@@ -104,29 +114,22 @@ def inspect(folder: str | Path, *, iteration: int | str | None = None) -> Inspec
     checkpoint = open_checkpoint(folder, iteration, name="FOLDER")
     args = checkpoint.args
     fope = checkpoint.position_embedding_type == FOPE
-
-    def stored(name: str) -> Any:
-        return getattr(args, f"fope_{name}", None) if fope else None
-
     files = [file for file in checkpoint.path.rglob("*") if file.is_file()]
     dtypes = _numbers_by_type(checkpoint)
+    megatron = None
+    if checkpoint.metadata is not None:
+        megatron = "0.19 or later" if checkpoint.common_in_table else "through 0.18"
     return Inspection(
         folder=str(checkpoint.folder),
         iteration=checkpoint.iteration,
         iterations=newer_than(checkpoint.folder, -1),
         format=checkpoint.format,
-        megatron=_megatron(checkpoint),
+        megatron=megatron,
         position_embedding_type=checkpoint.position_embedding_type,
         seq_length=args.seq_length,
-        train_length=stored("train_length"),
-        profile=stored("profile"),
         rotary_base=getattr(args, "rotary_base", None),
-        scaling=stored("scaling"),
-        kept_frequencies=stored("kept_frequencies"),
-        clipped_frequencies=stored("clipped_frequencies"),
-        series=stored("series"),
-        learnable=stored("learnable"),
-        anneal=_anneal(checkpoint) if stored("anneal_iters") else None,
+        **{name: getattr(args, f"fope_{name}", None) if fope else None for name in _FOPE},
+        anneal=_annealed(checkpoint) if fope else None,
         coefficients=_coefficients(checkpoint),
         parameters=None if checkpoint.metadata is None else sum(dtypes.values()),
         dtypes=dtypes,
@@ -153,9 +156,12 @@ def _coefficients(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     return {name: {"shape": shape, "dtype": dtype} for name, (shape, dtype) in entries.items()}
 
 
-def _anneal(checkpoint: Checkpoint) -> tuple[int, int]:
-    iteration = checkpoint.iteration if isinstance(checkpoint.iteration, int) else 0
-    return anneal.annealed_iterations(checkpoint.args, iteration), checkpoint.args.fope_anneal_iters
+def _annealed(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    iterations = getattr(checkpoint.args, "fope_anneal_iters", None)
+    if not iterations:
+        return None
+    now = checkpoint.iteration if isinstance(checkpoint.iteration, int) else 0
+    return anneal.annealed_iterations(checkpoint.args, now), iterations
 
 
 def _numbers_by_type(checkpoint: Checkpoint) -> dict[str, int]:
@@ -165,9 +171,3 @@ def _numbers_by_type(checkpoint: Checkpoint) -> dict[str, int]:
             shape, dtype = shape_and_type(entry)
             counts[dtype] += math.prod(shape)
     return dict(counts.most_common())
-
-
-def _megatron(checkpoint: Checkpoint) -> str | None:
-    if checkpoint.metadata is None:
-        return None
-    return "0.19 or later" if checkpoint.common_in_table else "through 0.18"

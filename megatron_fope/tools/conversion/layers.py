@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_fope.arguments.megatron import head_dim_of, num_kv_heads_of
+from megatron_fope.checkpoint.reader import Checkpoint, is_optimizer
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
 from megatron_fope.formula.geometry import Geometry
-from megatron_fope.tools.conversion.source import Checkpoint, is_optimizer
+from megatron_fope.formula.growth import grow_coefficients
 
 _PROJECTION = re.compile(r"(.*\.)self_attention\.(?:linear_qkv|linear_kv_down_proj)\.weight")
 """Every self-attention has one of them; the second is that of multi-latent attention."""
@@ -98,28 +99,33 @@ def attention_layers(checkpoint: Checkpoint) -> list[AttentionLayers]:
     return layers
 
 
-def fresh_parts(layers: AttentionLayers, new: Geometry) -> Iterator[Part]:
-    """Fresh coefficients as a new model under the same settings would make them."""
-    made = {number: new.make_coefficients(layer=number, stack=layers.stack) for number in layers.numbers}
-    return parts(layers, made)
+def new_parts(checkpoint: Checkpoint, old: FoPEConfig | None, new: FoPEConfig) -> Iterator[Part]:
+    """The coefficients of all layers under new settings, in the pieces that Megatron stores.
+
+    Args:
+        checkpoint: the source.
+        old: its settings, whose coefficients grow (see :mod:`megatron_fope.formula.growth`); None: a RoPE
+            model, which gets the coefficients of a new one.
+        new: the new settings.
+    """
+    target = geometry(checkpoint.args, new)
+    for layers in attention_layers(checkpoint):
+        if old is None:
+            values = {
+                number: target.make_coefficients(layer=number, stack=layers.stack)
+                for number in layers.numbers
+            }
+        else:
+            source = geometry(checkpoint.args, old)
+            stored = {leaf: checkpoint.read_tensor(layers.name(leaf)) for leaf in old.coefficient_names}
+            values = {
+                number: grow_coefficients(value, source, target, layer=number, stack=layers.stack)
+                for number, value in layers.split(stored).items()
+            }
+        yield from _parts(layers, values)
 
 
-def grown_parts(
-    layers: AttentionLayers, checkpoint: Checkpoint, old: Geometry, new: Geometry
-) -> Iterator[Part]:
-    """A checkpoint's coefficients for other settings; see :mod:`megatron_fope.formula.growth`."""
-    from megatron_fope.formula.growth import grow_coefficients
-
-    stored = {leaf: checkpoint.read_tensor(layers.name(leaf)) for leaf in old.config.coefficient_names}
-    grown = {
-        number: grow_coefficients(values, old, new, layer=number, stack=layers.stack)
-        for number, values in layers.split(stored).items()
-    }
-    return parts(layers, grown)
-
-
-def parts(layers: AttentionLayers, values: dict[int, dict[str, Tensor]]) -> Iterator[Part]:
-    """Coefficients by layer number, in the pieces that Megatron stores."""
+def _parts(layers: AttentionLayers, values: dict[int, dict[str, Tensor]]) -> Iterator[Part]:
     for leaf in values[layers.numbers[0]]:
         for i, number in enumerate(layers.numbers):
             value = values[number][leaf].to(torch.float32)

@@ -17,10 +17,10 @@ from megatron_fope.arguments.flags import (
     resolve_fope_arguments,
 )
 from megatron_fope.arguments.rope import ROPE_TYPES
+from megatron_fope.checkpoint.reader import Checkpoint
 from megatron_fope.checkpoint.start import FromRope, Grow
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
-from megatron_fope.tools.conversion.source import Checkpoint
 
 ROPE = "rope"
 

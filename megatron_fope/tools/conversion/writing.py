@@ -23,13 +23,13 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
+from megatron_fope.checkpoint import inert
 from megatron_fope.checkpoint.files import TRACKER, find_problem, iteration_folder
 from megatron_fope.checkpoint.metadata import METADATA
+from megatron_fope.checkpoint.reader import COMMON_ENTRY, COMMON_FILE, Checkpoint
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.staging import staging_folder
-from megatron_fope.tools.conversion import inert
 from megatron_fope.tools.conversion.layers import Part
-from megatron_fope.tools.conversion.source import COMMON_ENTRY, COMMON_FILE, Checkpoint
 
 LINKS = ("copy", "hard", "symbolic")
 """How data files get into the new folder. Only copies, which are clones where the file system can make them,
@@ -47,12 +47,14 @@ class Written:
     """What a new folder consists of."""
 
     links: str
-    """"hard", "symbolic", "copy", or "clone": copies that take no space until they are written."""
+    """How the data files got there: "copy", "clone" (a copy that shares its blocks until either file is
+    written), "hard" or "symbolic"."""
     linked_files: int = 0
     linked_bytes: int = 0
+    """Apparent size of the copied or linked files."""
     written_bytes: int = 0
-    tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Shapes of the tensors that were written, by name."""
+    coefficients: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shape of every tensor that was written, by name."""
 
 
 def write(
@@ -120,7 +122,7 @@ def _build(
         data.add(part)
     if source.common_in_table:
         data.replace(COMMON_ENTRY, [common])
-    written.tensors = data.tensors
+    written.coefficients = data.tensors
     written.written_bytes += data.close()
     if not source.common_in_table:
         buffer = io.BytesIO()
@@ -129,11 +131,9 @@ def _build(
     written.written_bytes += _write(new / METADATA, pickle.dumps(metadata))
     written.written_bytes += _write(new / "metadata.json", (source.path / "metadata.json").read_bytes())
     _sync(new)
-    problem = find_problem(new)
-    if problem is not None:
+    if problem := find_problem(new):
         raise UserError(f"TARGET would not be whole: {problem}")
-    word = str(source.iteration)
-    written.written_bytes += _write(folder / TRACKER, word.encode())
+    written.written_bytes += _write(folder / TRACKER, str(source.iteration).encode())
     _sync(folder)
     return written
 

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from megatron_fope import __version__
 from megatron_fope.checkpoint.files import find_missing_legacy_file
+from megatron_fope.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_fope.common.command_line import whole
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.staging import check_output_file, write_text
-from megatron_fope.tools.conversion.source import Checkpoint, open_checkpoint
 from megatron_fope.tools.evaluation.progress import tokens_done
 
 logger = logging.getLogger(__name__)

@@ -80,7 +80,7 @@ def load_model(checkpoint: str) -> list[Any]:
     from megatron.training.training import get_model
 
     from megatron_fope import compat
-    from megatron_fope.tools.conversion.source import open_checkpoint
+    from megatron_fope.checkpoint.reader import open_checkpoint
     from megatron_fope.training.model import embedding_ranks, model_provider
 
     compat.repair_checkpoint_metadata_reader()

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_fope.checkpoint.reader import Checkpoint
 from megatron_fope.common.command_line import number, whole
 from megatron_fope.common.errors import UserError
-from megatron_fope.tools.conversion.source import Checkpoint
 from megatron_fope.tools.data import read_sidecar
 from megatron_fope.tools.evaluation import launching
 from megatron_fope.tools.evaluation.launching import Layout

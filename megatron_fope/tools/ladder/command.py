@@ -45,21 +45,21 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     count = len(schedule.stages)
     if args.stage is not None and not 1 <= args.stage <= count:
         raise UserError(f"--stage is {args.stage}; allowed: 1 to {count}")
-    rungs = plan(schedule, extra)
-    chosen = [rung for rung in rungs if args.stage in (None, rung.number)]
+    plans = plan(schedule, extra)
+    chosen = [stage for stage in plans if args.stage in (None, stage.number)]
     if args.run:
-        if not rungs[0].source_read:
+        if not plans[0].source_read:
             raise UserError(
                 f"--run is given, but there is no checkpoint in {schedule.start['checkpoint']!r}; use a "
                 "folder made by --save"
             )
-        return execution.run(rungs, chosen)
-    for rung in chosen:
-        done = execution.saved_iteration(rung)
-        state = f"iteration {done} of {rung.iterations} is in {rung.folder}" if done else "not started"
-        lines = [f"stage {rung.number} of {count} ({rung.stage.name})", *rung.notes, state]
+        return execution.run(plans, chosen)
+    for stage in chosen:
+        done = execution.saved_iteration(stage)
+        state = f"iteration {done} of {stage.iterations} is in {stage.folder}" if done else "not started"
+        lines = [f"stage {stage.number} of {count} ({stage.name})", *stage.notes, state]
         print("\n".join(f"# {line}" for line in lines))
-        print(_shell(rung.launcher, rung.flags), end="\n\n")
+        print(_shell(stage.launcher, stage.flags), end="\n\n")
     return 0
 
 

@@ -10,32 +10,32 @@ from types import FrameType
 
 from megatron_fope.checkpoint.files import tracked_iteration
 from megatron_fope.common.errors import UserError
-from megatron_fope.tools.ladder.plan import Rung, check_saved
+from megatron_fope.tools.ladder.plan import StagePlan, check_saved
 
 
-def saved_iteration(rung: Rung) -> int:
+def saved_iteration(stage: StagePlan) -> int:
     """How far a stage is: the iteration of its latest complete checkpoint, 0 without one.
 
     Raises:
         UserError: its folder holds something else.
     """
-    step = tracked_iteration(rung.folder)
+    step = tracked_iteration(stage.folder)
     if step is None:
         return 0
-    from megatron_fope.tools.conversion.source import open_checkpoint
+    from megatron_fope.checkpoint.reader import open_checkpoint
 
-    where = f"stage {rung.number}: its folder"
+    where = f"stage {stage.number}: its folder"
     if isinstance(step, str):
-        raise UserError(f"{where} is {str(rung.folder)!r}: it holds a {step}; give the stage another name")
-    check_saved(rung, open_checkpoint(rung.folder, step, name=where).args)
+        raise UserError(f"{where} is {str(stage.folder)!r}: it holds a {step}; give the stage another name")
+    check_saved(stage, open_checkpoint(stage.folder, step, name=where).args)
     return step
 
 
-def run(rungs: Sequence[Rung], chosen: Sequence[Rung]) -> int:
+def run(plans: Sequence[StagePlan], chosen: Sequence[StagePlan]) -> int:
     """Run what is not finished, in order, and stop at the first stage that does not finish.
 
     Args:
-        rungs: the whole ladder.
+        plans: the whole ladder.
         chosen: the stages to run.
 
     Returns:
@@ -45,28 +45,28 @@ def run(rungs: Sequence[Rung], chosen: Sequence[Rung]) -> int:
     Raises:
         UserError: the stage before the first one chosen is not finished.
     """
-    done = {rung.number: saved_iteration(rung) for rung in rungs}  # what is refused is refused first
+    done = {stage.number: saved_iteration(stage) for stage in plans}  # what is refused is refused first
     first = chosen[0].number
-    for rung in rungs[: first - 1][-1:]:
-        if done[rung.number] < rung.iterations and not done[first]:
+    for stage in plans[: first - 1][-1:]:
+        if done[stage.number] < stage.iterations and not done[first]:
             raise UserError(
-                f"--stage is {first}, but stage {rung.number} ({rung.folder}) is at iteration "
-                f"{done[rung.number]} of {rung.iterations}; finish it first"
+                f"--stage is {first}, but stage {stage.number} ({stage.folder}) is at iteration "
+                f"{done[stage.number]} of {stage.iterations}; finish it first"
             )
-    for rung in chosen:
-        name = f"stage {rung.number} of {len(rungs)} ({rung.stage.name})"
-        if done[rung.number] >= rung.iterations:
-            _say(f"{name} is finished: iteration {done[rung.number]} in {rung.folder}")
+    for stage in chosen:
+        name = f"stage {stage.number} of {len(plans)} ({stage.name})"
+        if done[stage.number] >= stage.iterations:
+            _say(f"{name} is finished: iteration {done[stage.number]} in {stage.folder}")
             continue
-        how = f"goes on from iteration {done[rung.number]}" if done[rung.number] else "starts"
-        _say(f"{name} {how}, {rung.iterations} iterations in all")
-        code = _call(rung.argv)
+        how = f"goes on from iteration {done[stage.number]}" if done[stage.number] else "starts"
+        _say(f"{name} {how}, {stage.iterations} iterations in all")
+        code = _call(stage.argv)
         if code:
             _say(f"{name} ended with exit code {code}; the same command goes on")
             return code
-        now = saved_iteration(rung)
-        if now < rung.iterations:
-            _say(f"{name} stopped at iteration {now} of {rung.iterations}; the same command goes on")
+        now = saved_iteration(stage)
+        if now < stage.iterations:
+            _say(f"{name} stopped at iteration {now} of {stage.iterations}; the same command goes on")
             return 1
     return 0
 

@@ -41,7 +41,7 @@ from megatron_fope.checkpoint.files import TRACKER
 from megatron_fope.checkpoint.start import changed_settings, decide
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import flag
-from megatron_fope.tools.ladder.schedule import OWNED, Schedule, Stage
+from megatron_fope.tools.ladder.schedule import OWNED, Schedule
 
 _NO_MASK = "no-create-attention-mask-in-dataloader"
 """A mask takes length x length bytes of every sample, and no attention for long sequences reads it."""
@@ -54,12 +54,13 @@ _COMPARED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_experts", "swi
 
 
 @dataclass(frozen=True)
-class Rung:
+class StagePlan:
     """One stage, ready to run."""
 
     number: int
     """From 1."""
-    stage: Stage
+    name: str
+    """Of its folder."""
     folder: Path
     """What it loads and saves."""
     launcher: list[str]
@@ -95,7 +96,7 @@ class Source:
     """False where only the schedule says what it is."""
 
 
-def plan(schedule: Schedule, extra: Sequence[str] = ()) -> list[Rung]:
+def plan(schedule: Schedule, extra: Sequence[str] = ()) -> list[StagePlan]:
     """Every stage's command, checked.
 
     Args:
@@ -111,15 +112,15 @@ def plan(schedule: Schedule, extra: Sequence[str] = ()) -> list[Rung]:
         if word.startswith("--") and name in OWNED:
             raise UserError(f"{word} is given, but a ladder sets it: {OWNED[name]}; leave it out")
     source = read_source(schedule)
-    rungs = []
+    plans = []
     for number, stage in enumerate(schedule.stages, 1):
         try:
-            rung = _rung(schedule, number, parser, source, list(extra))
+            planned = _plan_stage(schedule, number, parser, source, list(extra))
         except UserError as error:
             raise UserError(f"{schedule.path}: stage {number}: {error}") from None
-        rungs.append(rung)
-        source = Source(str(schedule.folder(stage)), rung.args, rung.iterations)
-    return rungs
+        plans.append(planned)
+        source = Source(str(schedule.folder(stage)), planned.args, planned.iterations)
+    return plans
 
 
 def read_source(schedule: Schedule) -> Source:
@@ -138,7 +139,7 @@ def read_source(schedule: Schedule) -> Source:
                 f"made by --save, or give {', '.join(missing)} beside it to see the commands only"
             )
         return Source(where, argparse.Namespace(**_described(given, schedule.path)), 0, read=False)
-    from megatron_fope.tools.conversion.source import open_checkpoint
+    from megatron_fope.checkpoint.reader import open_checkpoint
 
     found = open_checkpoint(where, name=f"{schedule.path}: [start] checkpoint")
     for key, value in given.items():
@@ -159,9 +160,9 @@ def _described(given: dict[str, Any], path: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in given.items()}
 
 
-def _rung(
+def _plan_stage(
     schedule: Schedule, number: int, parser: argparse.ArgumentParser, source: Source, extra: list[str]
-) -> Rung:
+) -> StagePlan:
     stage = schedule.stages[number - 1]
     words = _words(stage.flags)
     asked = parse(parser, [*words, *extra])
@@ -178,9 +179,9 @@ def _rung(
     args = parse(parser, [*words, *own, *extra])
     args.world_size, args.finetune = stage.gpus, True  # as Megatron sets it where it takes weights only
     _check(args, source)
-    return Rung(
+    return StagePlan(
         number=number,
-        stage=stage,
+        name=stage.name,
         folder=schedule.folder(stage),
         launcher=schedule.launcher,
         flags=[*words, *own, *extra],
@@ -331,16 +332,16 @@ def _notes(args: Any, source: Source) -> list[str]:
     ]
 
 
-def check_saved(rung: Rung, stored: Any) -> None:
+def check_saved(stage: StagePlan, stored: Any) -> None:
     """Refuse to go on in a folder that holds something else than the stage.
 
     Raises:
         UserError: naming the folder and the first difference.
     """
-    where = f"stage {rung.number}: {rung.folder}"
+    where = f"stage {stage.number}: {stage.folder}"
     if getattr(stored, "position_embedding_type", None) != FOPE:
         raise UserError(f"{where} holds no FoPE model; give the stage another name")
-    for field, (value, other) in changed_settings(rung.args, stored).items():
+    for field, (value, other) in changed_settings(stage.args, stored).items():
         raise UserError(
             f"{where} was trained with {flag(field)} {other}, the schedule says {value}; give the stage "
             "another name"

@@ -39,6 +39,7 @@ import os
 import re
 import string
 import tomllib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,50 +130,47 @@ def read_schedule(path: str | Path) -> Schedule:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: no valid TOML: {error}") from None
     try:
-        return _Reader(path).read(content)
+        return _read(path, content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-class _Reader:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+def _read(path: Path, content: dict[str, Any]) -> Schedule:
+    _check_keys("", content, _TOP, required=("launcher", "gpus", "save", "start", "stage"))
+    start = content["start"]
+    _check_keys("[start] ", start, _START, required=("checkpoint",))
+    start = {key: _expand(f"[start] {key}", value) for key, value in start.items()}
+    launcher = [_expand("launcher", word) for word in content["launcher"]]
+    if not launcher or not all(isinstance(word, str) for word in launcher):
+        raise UserError("launcher requires an array of strings, for example ['torchrun', ...]")
+    common = _flags("[megatron] ", content.get("megatron", {}))
+    tables = content["stage"]
+    if not tables or not all(isinstance(table, dict) for table in tables):
+        raise UserError("stage requires one [[stage]] table or more")
+    stages = [_stage(number, table, common, content["gpus"]) for number, table in enumerate(tables, 1)]
+    names = Counter(stage.name.lower() for stage in stages)  # some file systems do not tell them apart
+    for stage in stages:
+        if (count := names[stage.name.lower()]) > 1:
+            raise UserError(f"name is {stage.name!r} in {count} stages; use different ones")
+    return Schedule(path, launcher, Path(_expand("save", content["save"])), start, stages)
 
-    def read(self, content: dict[str, Any]) -> Schedule:
-        _check_keys("", content, _TOP, required=("launcher", "gpus", "save", "start", "stage"))
-        start = content["start"]
-        _check_keys("[start] ", start, _START, required=("checkpoint",))
-        start = {key: _expand(f"[start] {key}", value) for key, value in start.items()}
-        launcher = [_expand("launcher", word) for word in content["launcher"]]
-        if not launcher or not all(isinstance(word, str) for word in launcher):
-            raise UserError("launcher requires an array of strings, for example ['torchrun', ...]")
-        common = _flags("[megatron] ", content.get("megatron", {}))
-        tables = content["stage"]
-        if not tables or not all(isinstance(table, dict) for table in tables):
-            raise UserError("stage requires one [[stage]] table or more")
-        stages = [self._stage(i, t, common, content["gpus"]) for i, t in enumerate(tables, 1)]
-        names = [stage.name.lower() for stage in stages]  # some file systems do not tell them apart
-        for stage, name in zip(stages, names, strict=True):
-            if names.count(name) > 1:
-                raise UserError(f"name is {stage.name!r} in {names.count(name)} stages; use different ones")
-        return Schedule(self.path, launcher, Path(_expand("save", content["save"])), start, stages)
 
-    def _stage(self, number: int, table: dict[str, Any], common: dict[str, Any], gpus: int) -> Stage:
-        where = f"stage {number}: "
-        own = {key: value for key, value in table.items() if key in _STAGE}
-        _check_keys(where, own, _STAGE)
-        given = _flags(where, {key: value for key, value in table.items() if key not in _STAGE})
-        merged = {key: value for key, value in (common | given).items() if value is not None}
-        for key in REQUIRED:
-            if not merged.get(key):
-                raise UserError(f"{where}{key} is missing; requires a value in [[stage]] or in [megatron]")
-        name = own.get("name", f"stage{number}-{merged['seq-length'][0]}")
-        if not _NAME.fullmatch(name) or _MEGATRONS.fullmatch(name):
-            raise UserError(
-                f"{where}name is {name!r}; allowed: up to 100 of a-z, A-Z, 0-9 and . + - _, first a letter "
-                "or digit, and no name that Megatron gives in a checkpoint's folder"
-            )
-        return Stage(name, own.get("gpus", gpus), merged)
+def _stage(number: int, table: dict[str, Any], common: dict[str, Any], gpus: int) -> Stage:
+    where = f"stage {number}: "
+    own = {key: value for key, value in table.items() if key in _STAGE}
+    _check_keys(where, own, _STAGE)
+    given = _flags(where, {key: value for key, value in table.items() if key not in _STAGE})
+    merged = {key: value for key, value in (common | given).items() if value is not None}
+    for key in REQUIRED:
+        if not merged.get(key):
+            raise UserError(f"{where}{key} is missing; requires a value in [[stage]] or in [megatron]")
+    name = own.get("name", f"stage{number}-{merged['seq-length'][0]}")
+    if not _NAME.fullmatch(name) or _MEGATRONS.fullmatch(name):
+        raise UserError(
+            f"{where}name is {name!r}; allowed: up to 100 of a-z, A-Z, 0-9 and . + - _, first a letter "
+            "or digit, and no name that Megatron gives in a checkpoint's folder"
+        )
+    return Stage(name, own.get("gpus", gpus), merged)
 
 
 def _check_keys(where: str, table: dict[str, Any], types: dict[str, Any], required: tuple = ()) -> None:

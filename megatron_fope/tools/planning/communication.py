@@ -35,6 +35,16 @@ OUTSIDE = 8
 (one 400 Gbit/s adapter a GPU)."""
 
 
+KINDS = {
+    "tp": "tensor parallel",
+    "cp": "context parallel",
+    "pp": "pipeline",
+    "ep": "expert parallel",
+    "dp": "gradients, parameters",
+}
+"""Fields of :class:`Communication`, and what they are called."""
+
+
 @dataclass(frozen=True)
 class Communication:
     """Bytes that one rank sends in a step."""
@@ -50,20 +60,17 @@ class Communication:
     @property
     def inside(self) -> float:
         """Bytes of groups within a node."""
-        return sum(size for kind, size in self._sizes().items() if kind not in self.outside)
+        return sum(getattr(self, kind) for kind in KINDS if kind not in self.outside)
 
     @property
     def between(self) -> float:
         """Bytes of groups that reach over nodes; part of them may still stay inside one."""
-        return sum(size for kind, size in self._sizes().items() if kind in self.outside)
+        return sum(getattr(self, kind) for kind in KINDS if kind in self.outside)
 
     @property
     def cost(self) -> float:
         """What layouts are compared by: bytes, those between nodes counted :data:`OUTSIDE` times."""
         return self.inside + OUTSIDE * self.between
-
-    def _sizes(self) -> dict[str, float]:
-        return {"tp": self.tp, "cp": self.cp, "pp": self.pp, "ep": self.ep, "dp": self.dp}
 
 
 def communication(
@@ -82,17 +89,14 @@ def communication(
     tokens = training.micro_batch * training.seq_length / cp
     whole = numbers * tokens * model.hidden
     again = training.recompute == "full"
-    if layout.sequence_parallel:
-        sums, border = 10 + (4 if again else 0), whole / tp
-    else:
-        sums, border = 8 + (4 if again else 0), whole
-    ring = steps * cp_bytes(model, training, layout, layers)
+    sums, border = (10, whole / tp) if layout.sequence_parallel else (8, whole)
+    sums += 4 if again else 0
     sent = border * model.top_k * moe * (4 + (2 if again else 0)) * (ep - 1) / ep
     replicas = layout.dp * cp
     reduced = training.gradient + (training.parameter if training.distributed else training.gradient)
     return Communication(
         tp=steps * len(layers) * sums * whole * (tp - 1) / tp,
-        cp=ring,
+        cp=steps * cp_bytes(model, training, layout, layers),
         pp=0.0 if layout.pp == 1 else steps * 2 * layout.vpp * border,
         ep=steps * sent,
         dp=reduced

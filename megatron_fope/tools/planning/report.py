@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
-from megatron_fope.tools.planning.communication import OUTSIDE
+from megatron_fope.tools.planning.communication import KINDS, OUTSIDE
 from megatron_fope.tools.planning.search import LONGEST_BUBBLE, Estimate, Plan
 
 LEFT_OUT = (
@@ -24,7 +25,7 @@ def render(plan: Plan, show: int = 5) -> str:
     cluster, training = plan.cluster, plan.training
     lines = [
         f"cluster  {cluster.gpus} GPUs of {cluster.gpu_memory:g} GiB, {cluster.gpus_per_node} a node; "
-        f"{cluster.margin:.0%} stay free, so {_gib(cluster.usable)} GiB to use",
+        f"{cluster.margin:.0%} stay free, so {cluster.usable / 2**30:.1f} GiB to use",
         f"model    {plan.parameters / 1e9:.2f} billion parameters, {plan.model.layers} layers",
         f"batch    {training.global_batch} sequences of {training.seq_length:,} tokens a step, "
         f"{training.micro_batch} at a time",
@@ -42,7 +43,7 @@ def render(plan: Plan, show: int = 5) -> str:
     if training.mask:
         lines.append(
             "The data loader makes a mask of S x S bytes for every sample, which flash attention does not "
-            "read; leave it away with --no-create-attention-mask-in-dataloader"
+            "read; turn it off with --no-create-attention-mask-in-dataloader"
         )
     return "\n".join(lines)
 
@@ -76,9 +77,16 @@ def _own(plan: Plan, own: Estimate) -> list[str]:
             f"DOES NOT FIT, {_size(memory.total - plan.cluster.usable)} too much, most of it for {largest}"
         )
     lines = [f"Your layout, {layout}: {verdict}", f"  {where} holds"]
-    lines += [f"    {name:20} {_size(size):>12}  {note}".rstrip() for name, size, note in rows]
+    lines += _sizes(rows)
     lines.append("  and sends in a step")
-    lines += [f"    {name:20} {_size(size):>12}  {note}".rstrip() for name, size, note in _sent(own)]
+    sent = own.communication
+    lines += _sizes(
+        [
+            (name, getattr(sent, kind), "between nodes" if kind in sent.outside else "inside a node")
+            for kind, name in KINDS.items()
+            if getattr(sent, kind)
+        ]
+    )
     if layout.pp > 1:
         lines.append(f"  The pipeline waits for {own.bubble:.0%} of a step.")
     if plan.megatron is not None:
@@ -91,20 +99,8 @@ def _own(plan: Plan, own: Estimate) -> list[str]:
     return lines
 
 
-def _sent(one: Estimate) -> list[tuple[str, float, str]]:
-    sent = one.communication
-    names = {
-        "tp": "tensor parallel",
-        "cp": "context parallel",
-        "pp": "pipeline",
-        "ep": "expert parallel",
-        "dp": "gradients, parameters",
-    }
-    return [
-        (name, getattr(sent, kind), "between nodes" if kind in sent.outside else "inside a node")
-        for kind, name in names.items()
-        if getattr(sent, kind)
-    ]
+def _sizes(rows: Sequence[tuple[str, float, str]]) -> list[str]:
+    return [f"    {name:20} {_size(size):>12}  {note}".rstrip() for name, size, note in rows]
 
 
 def _search(plan: Plan, show: int) -> list[str]:
@@ -126,18 +122,12 @@ def _search(plan: Plan, show: int) -> list[str]:
         "and overlap with computing not looked at; those whose pipeline waits for more than "
         f"{LONGEST_BUBBLE:.0%} of a step come last:",
         "",
-        f"  {'TP':>3} {'PP':>3} {'CP':>4} {'EP':>3} {'DP':>4} {'memory':>12} {'sent inside':>12} "
-        f"{'between nodes':>14} {'CP alone':>12} {'waits':>6}",
+        _row("TP", "PP", "CP", "EP", "DP", "memory", "sent inside", "between nodes", "CP alone", "waits"),
     ]
     for one in plan.best[:show]:
         at, sent = one.layout, one.communication
-        sizes = [_size(one.memory.total), _size(sent.inside), _size(sent.between), _size(sent.cp)]
-        lines.append(
-            f"  {at.tp:3} {at.pp:3} {at.cp:4} {at.ep:3} {at.dp:4} {{:>12}} {{:>12}} {{:>14}} {{:>12}}".format(
-                *sizes
-            )
-            + f" {one.bubble:6.0%}"
-        )
+        sizes = map(_size, (one.memory.total, sent.inside, sent.between, sent.cp))
+        lines.append(_row(at.tp, at.pp, at.cp, at.ep, at.dp, *sizes, f"{one.bubble:.0%}"))
     moe = bool(plan.model.experts)
     lines += ["", f"The first one: {shlex.join([*plan.best[0].layout.flags(moe), *plan.added])}"]
     if plan.recomputed:
@@ -150,8 +140,9 @@ def _search(plan: Plan, show: int) -> list[str]:
     return lines
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f}"
+def _row(*cells: object) -> str:
+    widths = (3, 3, 4, 3, 4, 12, 12, 14, 12, 6)
+    return "  " + " ".join(f"{cell!s:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
 def _size(size: float) -> str:

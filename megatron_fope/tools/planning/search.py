@@ -121,8 +121,7 @@ def plan(args: Any, cluster: Cluster) -> Plan:
 
     Args:
         args: Megatron's arguments as its parser makes them (:mod:`megatron_fope.arguments.parser`), or as
-        they
-            are in a run; not changed.
+            they are in a run; not changed.
         cluster: the machines.
 
     Raises:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_fope.checkpoint import inert
 from megatron_fope.checkpoint.files import (
     describe_error,
     find_problem,
@@ -28,7 +29,6 @@ from megatron_fope.checkpoint.files import (
 from megatron_fope.checkpoint.metadata import read_metadata
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.log import quiet_imports
-from megatron_fope.tools.conversion import inert
 
 COMMON_FILE = "common.pt"
 """Where Megatron through 0.18 keeps what is no tensor, the arguments among it."""
@@ -67,7 +67,7 @@ class Checkpoint:
     metadata: Any
     """Table of contents (``torch.distributed.checkpoint`` ``Metadata``); None in the legacy format."""
     common: dict[str, Any]
-    """What is no tensor, by Megatron's names; see :mod:`megatron_fope.tools.conversion.inert`."""
+    """What is no tensor, by Megatron's names; see :mod:`megatron_fope.checkpoint.inert`."""
 
     @property
     def args(self) -> Any:
@@ -80,8 +80,8 @@ class Checkpoint:
 
     @property
     def train_length(self) -> int:
-        """Sequence length of the training, in tokens; FoPE's own train length where there is one."""
-        return getattr(self.args, "fope_train_length", None) or self.args.seq_length
+        """See :func:`train_length_of`."""
+        return train_length_of(self.args)
 
     @property
     def format(self) -> str:
@@ -217,23 +217,28 @@ def open_checkpoint(folder: str | Path, iteration: int | str | None = None, *, n
     if not path.is_dir():
         there = ", ".join(newer_than(folder, -1)) or "nothing that Megatron saved"
         raise refuse(f"there is no iteration {iteration}; it holds: {there}")
-    if is_legacy(folder, iteration):
-        return Checkpoint(folder, iteration, path, None, _legacy_common(path, refuse))
-    problem = find_problem(path)
-    if problem is not None:
+    if problem := find_problem(path):
         raise refuse(problem)
-    try:
-        backend = json.loads((path / "metadata.json").read_text())["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise refuse(f"{path / 'metadata.json'} cannot be read ({describe_error(error)})") from None
-    if backend != "torch_dist":
-        raise refuse(f"its format is {backend}; allowed: torch_dist")
-    metadata = read_metadata(path)
+    metadata = None
+    if not is_legacy(folder, iteration):
+        try:
+            backend = json.loads((path / "metadata.json").read_text())["sharded_backend"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise refuse(f"{path / 'metadata.json'} cannot be read ({describe_error(error)})") from None
+        if backend != "torch_dist":
+            raise refuse(f"its format is {backend}; allowed: torch_dist")
+        metadata = read_metadata(path)
     checkpoint = Checkpoint(folder, iteration, path, metadata, _read_common(path, metadata, refuse))
-    missing = _missing_coefficient(checkpoint)
-    if missing is not None:
+    if metadata is None:
+        return checkpoint
+    if missing := _missing_coefficient(checkpoint):
         raise refuse(f"{path} has no {missing}")
     return checkpoint
+
+
+def train_length_of(args: Any) -> int:
+    """Sequence length of a training, in tokens; FoPE's own train length where there is one."""
+    return getattr(args, "fope_train_length", None) or args.seq_length
 
 
 def is_optimizer(name: str) -> bool:
@@ -273,9 +278,17 @@ def _legacy_extra_states(state: dict[str, Any]) -> list[Any]:
 
 
 def _read_common(path: Path, metadata: Any, refuse: Any) -> dict[str, Any]:
+    """What is no tensor; in the legacy format also the first rank's model."""
     file = path / COMMON_FILE
+    legacy = sorted(path.glob("mp_rank_00*/model_optim_rng.pt")) if metadata is None else []
+    if metadata is None and not legacy:
+        raise refuse(f"{path} has no file of the first rank")
+    where = legacy[0] if legacy else path
     try:
-        if file.exists():
+        if legacy:
+            state = inert.load(str(where), mapped=True)
+            common = {"args": state.get("args"), "model": state.get("model", {})}
+        elif file.exists():
             common = inert.load(str(file))
         else:
             parts = [s for index, s in metadata.storage_data.items() if index.fqn == COMMON_ENTRY]
@@ -284,35 +297,15 @@ def _read_common(path: Path, metadata: Any, refuse: Any) -> dict[str, Any]:
         if stored is not None and not isinstance(stored, argparse.Namespace):
             raise TypeError(f"they are a {type(stored).__name__}")
     except Exception as error:
-        raise refuse(f"the arguments in {path} cannot be read ({describe_error(error)})") from None
+        raise refuse(f"the arguments in {where} cannot be read ({describe_error(error)})") from None
     if getattr(stored, "seq_length", None) is None:
-        raise refuse(f"{path} stores no arguments; use a checkpoint saved by Megatron's training")
-    _check_arguments(stored, path, refuse)
-    return common
-
-
-def _check_arguments(stored: Any, path: Path, refuse: Any) -> None:
-    """Refuse arguments that are there but of another kind than Megatron's."""
+        raise refuse(f"{where} stores no arguments; use a checkpoint saved by Megatron's training")
+    # Arguments that are there, but of another kind than Megatron's.
     kinds = dict.fromkeys(_NUMBERS, int) | {"rotary_base": (int, float), "position_embedding_type": str}
     for name, kind in kinds.items():
         value = getattr(stored, name, None)
         if value is not None and (not isinstance(value, kind) or (kind is not str and value <= 0)):
-            raise refuse(f"the arguments in {path} cannot be read ({name} is {value!r})")
-
-
-def _legacy_common(path: Path, refuse: Any) -> dict[str, Any]:
-    files = sorted(path.glob("mp_rank_00*/model_optim_rng.pt"))
-    problem = find_problem(path) or (None if files else f"{path} has no file of the first rank")
-    if problem is not None:
-        raise refuse(problem)
-    try:
-        state = inert.load(str(files[0]), mapped=True)
-        common = {"args": state["args"], "model": state.get("model", {})}
-        if getattr(common["args"], "seq_length", None) is None:
-            raise ValueError("it stores no arguments of Megatron's")
-    except Exception as error:
-        raise refuse(f"{files[0]} cannot be read ({describe_error(error)})") from None
-    _check_arguments(common["args"], path, refuse)
+            raise refuse(f"the arguments in {where} cannot be read ({name} is {value!r})")
     return common
 
 
