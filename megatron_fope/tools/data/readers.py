@@ -142,13 +142,15 @@ def read_documents(source: Source, json_key: str = "text") -> Iterator[tuple[byt
     path = source.path
     try:
         with path.open("rb") as file:
-            for number, data in enumerate(file, start=1) if source.is_jsonl else [(0, file.read())]:
+            if not source.is_jsonl:
+                data = file.read()
+                yield _document(str(path), _check_text(data)), len(data)
+                return
+            for number, line in enumerate(file, start=1):
                 # A blank line separates nothing and holds nothing: most JSONL files end with one.
-                if number and not data.strip():
-                    continue
-                found = _parse_line(data, json_key, first=number == 1) if number else _checked_text(data)
-                where = f"{path}:{number}" if number else str(path)
-                yield BadDocument(where, found) if isinstance(found, str) else found, len(data)
+                if line.strip():
+                    parsed = _parse_line(line, json_key, first=number == 1)
+                    yield _document(f"{path}:{number}", parsed), len(line)
     except OSError as error:
         yield _unreadable(path, error), 0
 
@@ -178,7 +180,11 @@ def _is_jsonl(path: Path) -> bool:
         return False
 
 
-def _checked_text(data: bytes) -> bytes | str:
+def _document(where: str, parsed: bytes | str) -> bytes | BadDocument:
+    return BadDocument(where, parsed) if isinstance(parsed, str) else parsed
+
+
+def _check_text(data: bytes) -> bytes | str:
     """A whole file as bytes, or as ``str`` the reason that it is no document."""
     try:
         data.decode()
