@@ -13,7 +13,7 @@ from megatron_fope.checkpoint.arguments import adopt_checkpoint_arguments
 from megatron_fope.checkpoint.loading import load_base_checkpoint
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
-from megatron_fope.tools.conversion import convert
+from megatron_fope.tools.conversion.converter import convert
 
 
 def test_arguments_that_say_nothing_of_positions() -> None:
