@@ -28,7 +28,7 @@ from pathlib import Path
 from megatron_fope.common.command_line import variable, whole
 from megatron_fope.common.errors import exit_on_user_error
 from megatron_fope.tools.data import prepare_data
-from megatron_fope.tools.evaluation.command import evaluate_perplexity, table
+from megatron_fope.tools.evaluation.perplexity_command import PerplexityOptions, evaluate_perplexity, table
 
 with exit_on_user_error("demo"):
     ITERS = variable("DEMO_ITERS", "1000", whole(1))
@@ -101,21 +101,20 @@ def main() -> None:
         train(position, data.train.prefix, list(data.train_flags))
 
     step("4/4  evaluating both checkpoints on held-out files, at 0.5 to 16 times the training length")
-    report = evaluate_perplexity(
-        {"RoPE": OUT / "rope", "FoPE": OUT / "fope"},
-        data.heldout.prefix,
+    options = PerplexityOptions(
+        checkpoints={"RoPE": OUT / "rope", "FoPE": OUT / "fope"},
+        data_path=data.heldout.prefix,
         cpu=CPU,
         output=OUT / "report.json",
         picture=OUT / "length_generalization.png",
         title=f"Trained at {LENGTH} tokens, evaluated beyond",
     )
-    report["run"] = run_facts(time.time() - start)
-    (OUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    report = evaluate_perplexity(options)
+    facts = run_facts(time.time() - start)
+    (OUT / "report.json").write_text(json.dumps({**report, "run": facts}, indent=2) + "\n")
     print(f"\nPerplexity per byte on held-out source, trained at {LENGTH} tokens:\n")
     print(table(report))
-    print(
-        f"\n{OUT / 'report.json'}  {OUT / 'length_generalization.png'}  ({report['run']['minutes']} minutes)"
-    )
+    print(f"\n{OUT / 'report.json'}  {OUT / 'length_generalization.png'}  ({facts['minutes']} minutes)")
 
 
 def step(text: str) -> None:

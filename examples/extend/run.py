@@ -46,8 +46,8 @@ from bench.results import facts
 
 from megatron_fope.tools.data import prepare_data
 from megatron_fope.tools.data.recall import make_recall_data
-from megatron_fope.tools.evaluation.command import evaluate_perplexity
-from megatron_fope.tools.evaluation.retrieval_command import evaluate_retrieval
+from megatron_fope.tools.evaluation.perplexity_command import PerplexityOptions, evaluate_perplexity
+from megatron_fope.tools.evaluation.retrieval_command import RetrievalOptions, evaluate_retrieval
 
 with exit_on_user_error("extend"):
     LENGTH = variable("EXTEND_LENGTH", "128", whole(8))
@@ -269,10 +269,11 @@ def train(name: str, seed: int, length: int, iterations: int, flags: list[str], 
 
 def evaluate(name: str, seed: int, data: Data) -> dict[str, Any]:
     """Perplexity on held-out source and recall of one model, by length."""
-    checkpoints: dict[str, str | Path] = {name: folder(name, seed)}
-    common: dict[str, Any] = {"lengths": LENGTHS, "cpu": CPU}
-    text = evaluate_perplexity(checkpoints, data.heldout, num_tokens=1 << 14, **common)
-    found = evaluate_retrieval(checkpoints, data.recall[LENGTH], depths=DEPTHS, samples=SAMPLES, **common)
+    common: dict[str, Any] = {"checkpoints": {name: folder(name, seed)}, "lengths": LENGTHS, "cpu": CPU}
+    text = evaluate_perplexity(PerplexityOptions(data_path=data.heldout, tokens=1 << 14, **common))
+    found = evaluate_retrieval(
+        RetrievalOptions(data_path=data.recall[LENGTH], depths=DEPTHS, samples=SAMPLES, **common)
+    )
     print(f"     {name} (seed {seed}) evaluated", flush=True)
     return {
         "perplexity": {str(row["length"]): row["perplexity"] for row in text["checkpoints"][name]["results"]},

@@ -57,7 +57,7 @@ COMMANDS = {
     "prepare-data": Command("tools.data.command", "text to Megatron's .bin/.idx"),
     "make-recall-data": Command("tools.data.recall_command", "associative recall to train on"),
     "evaluate-perplexity": Command(
-        "tools.evaluation.command", "perplexity of checkpoints over context lengths"
+        "tools.evaluation.perplexity_command", "perplexity of checkpoints over context lengths"
     ),
     "evaluate-retrieval": Command(
         "tools.evaluation.retrieval_command", "what checkpoints find in long contexts"

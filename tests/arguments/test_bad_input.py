@@ -20,7 +20,7 @@ from launch import ROOT
 from megatron_fope import compat
 from megatron_fope.common.errors import UserError
 from megatron_fope.tools import cli
-from megatron_fope.tools.evaluation import command as evaluation
+from megatron_fope.tools.evaluation import perplexity_command as evaluation
 
 SCRIPT = ROOT / "tests" / "scripts" / "bad_input_cases.py"
 PREFIX = "megatron-fope: error: "
@@ -550,7 +550,7 @@ def test_lengths(lengths: str, refused: Callable[..., None], data: Path) -> None
 @pytest.mark.parametrize("lengths", [[], [0], [64, 1]])
 def test_lengths_from_python(lengths: list[int], data: Path) -> None:
     with pytest.raises(UserError, match=r"^--lengths is ") as error:
-        evaluation.evaluate_perplexity({"FoPE": data.parent}, data, lengths=lengths)
+        evaluation.PerplexityOptions(checkpoints={"FoPE": data.parent}, data_path=data, lengths=lengths)
     assert str(lengths) in str(error.value)
 
 

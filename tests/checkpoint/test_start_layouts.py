@@ -6,7 +6,7 @@ import pytest
 from launch import LATENT
 from trainer import FOPE, SHARP, Run, Trainer
 
-from megatron_fope.tools.evaluation.command import evaluate_perplexity
+from megatron_fope.tools.evaluation.perplexity_command import PerplexityOptions, evaluate_perplexity
 
 GRADUAL = ("--fope-start-from-rope", "function-preserving", "--fope-anneal-iters", "2")
 GROWN = ("--fope-train-length", "256", "--fope-grow")
@@ -72,8 +72,14 @@ def test_evaluation_of_latent_attention(trainer: Trainer) -> None:
     """Evaluation finds the model's flags wherever Megatron's parser lists them, ``--rope-type`` for one."""
     trainer = trainer.without("--group-query-attention")
     run = trainer.run("latent", *FOPE, *SHARP, *LATENT)
-    report = evaluate_perplexity(
-        {"latent": run.folder}, trainer.data, lengths=[64], num_tokens=1000, tokens_per_batch=256, cpu=True
+    options = PerplexityOptions(
+        checkpoints={"latent": run.folder},
+        data_path=trainer.data,
+        lengths=[64],
+        tokens=1000,
+        tokens_per_batch=256,
+        cpu=True,
     )
+    report = evaluate_perplexity(options)
     (row,) = report["checkpoints"]["latent"]["results"]
     assert row["loss"] == pytest.approx(run.curve()[4], abs=0.5)

@@ -152,7 +152,7 @@ def test_a_later_failure_loses_nothing(
     """The first checkpoint's numbers are printed and written when the second one fails."""
     SyntheticCheckpoint(tmp_path / "model", **RUN)
 
-    def launch(request: dict[str, Any], ranks: int, bar: Any) -> list[dict[str, Any]]:
+    def launch(request: launching.Request, ranks: int, bar: Any) -> list[dict[str, Any]]:
         if (tmp_path / "report.json").exists():
             raise UserError("the second one failed")
         row = {"length": 64, "tokens": 128, "loss": 1.0, "perplexity": 2.75}
@@ -175,7 +175,7 @@ def test_a_later_failure_loses_nothing(
 SLEEPER = """
 import os, sys, time
 from pathlib import Path
-folder = Path(sys.argv[2]).parent
+folder = Path(sys.argv[1])
 Path(os.environ["PIDS"], os.environ["RANK"]).write_text(str(os.getpid()))
 (folder / "progress").write_text("70")
 time.sleep(300)
@@ -187,7 +187,8 @@ from megatron_fope.common.command_line import command
 from megatron_fope.tools.evaluation import launching
 launching._WORKER = "sleeper"
 with command():
-    launching._launch({"checkpoint": "x"}, 2, SimpleNamespace(n=0, total=100, update=lambda n: None))
+    bar = SimpleNamespace(n=0, total=100, update=lambda n: None)
+    launching._launch(launching.Request("x", [], True, print), 2, bar)
 """
 
 

@@ -17,11 +17,12 @@ from megatron_fope.common.errors import UserError
 from megatron_fope.tools import cli
 from megatron_fope.tools.data import prepare_data, read_sidecar
 from megatron_fope.tools.data.recall import make_recall_data
-from megatron_fope.tools.evaluation import launching, retrieval_command
-from megatron_fope.tools.evaluation.launching import Layout
+from megatron_fope.tools.evaluation import launching
+from megatron_fope.tools.evaluation.options import EvaluationOptions
 from megatron_fope.tools.evaluation.perplexity import sum_by_bucket
 from megatron_fope.tools.evaluation.prompts import make_needle, make_passkey, make_recall
 from megatron_fope.tools.evaluation.retrieval import Task, count_hits, prompt_batches
+from megatron_fope.tools.evaluation.retrieval_command import RetrievalOptions, task_of
 
 TEXT = np.random.default_rng(0).integers(100, size=5000)
 VOCAB = 200
@@ -385,13 +386,20 @@ def test_legacy_checkpoint_keeps_its_layout() -> None:
     info = SimpleNamespace(
         folder="x", format="torch", args=SimpleNamespace(**STORED | {"ckpt_format": "torch"})
     )
-    assert Layout(context=2).sizes(info) == (2, 1, 2)
+
+    def sizes(**layout: int) -> tuple[int, int, int]:
+        return EvaluationOptions(checkpoints={}, data_path="", **layout).parallel_sizes(info)
+
+    assert sizes(context_parallel_size=2) == (2, 1, 2)
     with pytest.raises(UserError, match=r"^--tensor-model-parallel-size is 1, but x was saved with 2"):
-        Layout(tensor=1).sizes(info)
+        sizes(tensor_model_parallel_size=1)
 
 
 def test_marker_and_digits_of_a_tokenizer(text: str) -> None:
-    task, _ = retrieval_command._task(text, "passkey", 1, None, None, 8, None, None, "bytes", "key: ")
+    options = RetrievalOptions(
+        checkpoints={}, data_path=text, task="passkey", tokenizer="bytes", marker="key: "
+    )
+    task, _ = task_of(options)
     assert bytes(task.marker) == b"key: " and bytes(task.value_ids) == b"0123456789"
     tokens, answer = task.prompt(np.frombuffer(b"Grass is green. ", np.uint8), 60, 0.5, 0)
     assert (

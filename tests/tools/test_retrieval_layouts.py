@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,28 @@ from launch import TINY_MODEL
 
 from megatron_fope.tools.data.recall import RecallData, make_recall_data
 from megatron_fope.tools.evaluation import launching
-from megatron_fope.tools.evaluation.command import evaluate_perplexity, position_table
-from megatron_fope.tools.evaluation.launching import Layout
-from megatron_fope.tools.evaluation.retrieval_command import evaluate_retrieval, table
+from megatron_fope.tools.evaluation.perplexity_command import (
+    PerplexityOptions,
+    PerplexityReport,
+    evaluate_perplexity,
+    position_table,
+)
+from megatron_fope.tools.evaluation.retrieval_command import (
+    RetrievalOptions,
+    RetrievalReport,
+    evaluate_retrieval,
+    table,
+)
 
 pytestmark = pytest.mark.launch
 
 LAYOUTS = {
-    "tensor": Layout(tensor=2),
-    "context": Layout(context=2),
-    "pipeline": Layout(pipeline=2),
-    "tensor and context": Layout(tensor=2, context=2),
+    "tensor": {"tensor_model_parallel_size": 2},
+    "context": {"context_parallel_size": 2},
+    "pipeline": {"pipeline_model_parallel_size": 2},
+    "tensor and context": {"tensor_model_parallel_size": 2, "context_parallel_size": 2},
 }
-WORKER = "import sys; from megatron_fope.tools.evaluation import worker; worker.main({!r}, {!r}); sys.exit(0)"
+WORKER = "import sys; from megatron_fope.tools.evaluation import worker; worker.main({!r}); sys.exit(0)"
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +63,13 @@ def forked(launcher: Launcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     """Workers are forks, which are quicker than torchrun; the number of ranks of each."""
     started = []
 
-    def launch(request: dict[str, Any], num_ranks: int, bar: Any) -> list[dict[str, Any]]:
+    def launch(request: launching.Request, num_ranks: int, bar: Any) -> list[dict[str, Any]]:
         started.append(num_ranks)
-        files = [str(tmp_path / f"{name}{len(started)}.json") for name in ("request", "result")]
-        Path(files[0]).write_text(json.dumps(request))
-        launcher.output(num_ranks, [], tmp_path / "log", hook=WORKER.format(*files))
-        return json.loads(Path(files[1]).read_text())
+        folder = tmp_path / f"ranks{len(started)}"
+        folder.mkdir()
+        (folder / "request").write_bytes(pickle.dumps(request))
+        launcher.output(num_ranks, [], tmp_path / "log", hook=WORKER.format(str(folder)))
+        return json.loads((folder / "results.json").read_text())
 
     monkeypatch.setattr(launching, "_launch", launch)
     return started
@@ -67,33 +78,25 @@ def forked(launcher: Launcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_retrieval(checkpoint: Path, data: RecallData, forked: list[int], tmp_path: Path) -> None:
     """What is found does not depend on layout or batch size, and the files hold what is returned."""
 
-    def run(layout: Layout, tokens_per_batch: int = 700, **files: Path) -> dict[str, Any]:
-        return evaluate_retrieval(
-            {"FoPE": checkpoint},
-            data.train.prefix,
-            lengths=[64, 128],
-            depths=[0.0, 1.0],
-            samples=40,
-            tokens_per_batch=tokens_per_batch,
-            layout=layout,
-            cpu=True,
-            **files,
-        )
+    def run(tokens_per_batch: int, **options: Any) -> RetrievalReport:
+        options |= {"checkpoints": {"FoPE": checkpoint}, "data_path": data.train.prefix, "cpu": True}
+        options |= {"lengths": [64, 128], "depths": [0.0, 1.0], "samples": 40}
+        return evaluate_retrieval(RetrievalOptions(tokens_per_batch=tokens_per_batch, **options))
 
-    files = {"output": tmp_path / "r.json", "csv_file": tmp_path / "r.csv", "picture": tmp_path / "r.png"}
-    one = run(Layout(), **files)
+    files = {"output": tmp_path / "r.json", "csv": tmp_path / "r.csv", "picture": tmp_path / "r.png"}
+    one = run(700, **files)
     found = [row["found"] for row in one["checkpoints"]["FoPE"]["results"]]
     assert one["task"] == "recall" and one["chance"] == 0.5
     assert all(5 < number < 40 for number in found[:2]), "neither nothing nor everything: layouts can differ"
     for name, layout in LAYOUTS.items():
-        rows = run(layout, 64 * 64)["checkpoints"]["FoPE"]["results"]
+        rows = run(64 * 64, **layout)["checkpoints"]["FoPE"]["results"]
         # Sums in another order may turn an answer that is a toss-up.
         assert [row["found"] for row in rows] == pytest.approx(found, abs=1), name
     assert forked == [1, 2, 2, 2, 4]
 
     assert json.loads(files["output"].read_text()) == one
     assert files["picture"].stat().st_size > 5_000
-    with files["csv_file"].open() as file:
+    with files["csv"].open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["found"]) for row in rows] == found
     assert rows[0]["task"] == "recall" and rows[0]["checkpoint"] == "FoPE" and rows[-1]["length"] == "128"
@@ -103,21 +106,13 @@ def test_retrieval(checkpoint: Path, data: RecallData, forked: list[int], tmp_pa
 def test_perplexity_by_position(
     checkpoint: Path, data: RecallData, forked: list[int], tmp_path: Path
 ) -> None:
-    def run(layout: Layout, **files: Path) -> dict[str, Any]:
-        return evaluate_perplexity(
-            {"FoPE": checkpoint},
-            data.train.prefix,
-            lengths=[64, 128],
-            num_tokens=3000,
-            by_position=5,
-            tokens_per_batch=700,
-            layout=layout,
-            cpu=True,
-            **files,
-        )
+    def run(**options: Any) -> PerplexityReport:
+        options |= {"checkpoints": {"FoPE": checkpoint}, "data_path": data.train.prefix, "cpu": True}
+        options |= {"lengths": [64, 128], "tokens": 3000, "tokens_per_batch": 700}
+        return evaluate_perplexity(PerplexityOptions(by_position=5, **options))
 
-    files = {"csv_file": tmp_path / "p.csv", "picture": tmp_path / "p.png"}
-    one = run(Layout(), **files)
+    files = {"csv": tmp_path / "p.csv", "picture": tmp_path / "p.png"}
+    one = run(**files)
     results = one["checkpoints"]["FoPE"]["results"]
     for row in results:
         parts = row["by_position"]
@@ -130,10 +125,10 @@ def test_perplexity_by_position(
     first, *_, last = (part["loss"] for part in results[0]["by_position"])
     assert abs(first - last) > 0.01, "layouts that mix up positions must show"
     for name, layout in LAYOUTS.items():
-        for row, expected in zip(run(layout)["checkpoints"]["FoPE"]["results"], results, strict=True):
+        for row, expected in zip(run(**layout)["checkpoints"]["FoPE"]["results"], results, strict=True):
             losses = [part["loss"] for part in row["by_position"]]
             assert losses == pytest.approx([part["loss"] for part in expected["by_position"]], abs=1e-4), name
-    with files["csv_file"].open() as file:
+    with files["csv"].open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 6 and float(rows[0]["loss"]) == results[0]["loss"]
     assert files["picture"].stat().st_size > 10_000

@@ -250,7 +250,7 @@ def test_unmodified_megatron_lm_checkout(trainer: Trainer, one_rank: Run) -> Non
 
 def test_perplexity_of_checkpoints(trainer: Trainer, one_rank: Run, two_ranks: Run) -> None:
     """The command, at lengths below and beyond the training's; layouts agree and numbers are sane."""
-    from megatron_fope.tools.evaluation.command import evaluate_perplexity
+    from megatron_fope.tools.evaluation.perplexity_command import PerplexityOptions, evaluate_perplexity
 
     # One rank's model, saved again by two pipeline stages that changed nothing.
     stages = trainer.run(
@@ -258,16 +258,17 @@ def test_perplexity_of_checkpoints(trainer: Trainer, one_rank: Run, two_ranks: R
         "--no-load-optim", "--lr", "0", "--train-iters", "1", nproc=2,
     )  # fmt: skip
     output, picture = trainer.folder / "report.json", trainer.folder / "report.png"
-    report = evaluate_perplexity(
-        {"one rank": one_rank.folder, "two ranks": two_ranks.folder, "two stages": stages.folder},
-        trainer.prefix,
+    options = PerplexityOptions(
+        checkpoints={"one rank": one_rank.folder, "two ranks": two_ranks.folder, "two stages": stages.folder},
+        data_path=trainer.prefix,
         lengths=[32, 64, 200],
-        num_tokens=1000,
+        tokens=1000,
         tokens_per_batch=256,
         cpu=True,
         output=output,
         picture=picture,
     )
+    report = evaluate_perplexity(options)
     assert json.loads(output.read_text()) == report and picture.stat().st_size > 10_000
     one, two, stages = report["checkpoints"].values()
     assert one["position_embedding_type"] == "fope" and one["train_length"] == LENGTH

@@ -141,24 +141,25 @@ def _fields() -> frozenset[str]:
 
 def sum_over_batches(
     model: list[Any],
-    batches: Iterable[Batch],
+    batches: Callable[[int, int, int], Iterable[Batch]],
     reduce: Callable[[Any, Batch], Any],
     *,
-    count: int,
-    size: int,
+    samples: int,
+    tokens_per_batch: int,
     length: int,
     shape: tuple[int, ...],
 ) -> Any:
-    """Run batches forward and add up what a reduction makes of each.
+    """Run sequences forward in batches and add up what a reduction makes of each batch.
 
     Args:
         model: from :func:`load_model`.
-        batches: whole sequences; this function takes this rank's part under context parallelism.
+        batches: called with the first sequence, the number of sequences in a batch and the number of
+            batches; whole sequences, of which this function takes this rank's part under context parallelism.
         reduce: called where the output is, with it and this rank's part of the batch; the output is the loss
             ``[b, s]`` if the batch has ``labels``, else this tensor-parallel rank's logits ``[b, s, v]``.
             Returns a float64 tensor of ``shape``.
-        count: number of batches.
-        size: sequences in each.
+        samples: number of sequences.
+        tokens_per_batch: tokens in one forward pass, at least one sequence.
         length: tokens of a sequence.
         shape: of a reduction's result.
 
@@ -169,20 +170,25 @@ def sum_over_batches(
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    total = torch.zeros(shape, dtype=torch.float64)
-    with torch.no_grad():
-        reports = get_forward_backward_func()(
-            forward_step_func=functools.partial(_forward_step, reduce),
-            data_iterator=list(itertools.tee(counted(batches), len(model))),
-            model=model,
-            num_microbatches=count,
-            seq_length=length,
-            micro_batch_size=size,
-            forward_only=True,
-        )
-    for report in reports:
-        total += report["sum"].cpu()
-    total = total.to(next(model[0].parameters()).device)
+    total = torch.zeros(shape, dtype=torch.float64, device=next(model[0].parameters()).device)
+    batch = max(1, min(samples, tokens_per_batch // length))
+    # The schedule keeps one size for all micro-batches, so a smaller last batch is a run of its own.
+    full, rest = divmod(samples, batch)
+    for first, size, count in ((0, batch, full), (full * batch, rest, 1)):
+        if not size * count:
+            continue
+        with torch.no_grad():
+            reports = get_forward_backward_func()(
+                forward_step_func=functools.partial(_forward_step, reduce),
+                data_iterator=list(itertools.tee(counted(batches(first, size, count)), len(model))),
+                model=model,
+                num_microbatches=count,
+                seq_length=length,
+                micro_batch_size=size,
+                forward_only=True,
+            )
+        for report in reports:
+            total += report["sum"]
     if parallel_state.get_context_parallel_world_size() > 1:
         torch.distributed.all_reduce(total, group=parallel_state.get_context_parallel_group())
     torch.distributed.broadcast(

@@ -6,55 +6,86 @@ import itertools
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from megatron_fope.tools.evaluation.model import Batch, sum_over_batches
+from megatron_fope.tools.evaluation.tokens import read_tokens
 
 
-def perplexity(
-    model: list[Any], tokens: Any, length: int, tokens_per_batch: int, buckets: int | None = None
-) -> dict[str, Any]:
-    """Mean loss over windows of one length.
+class Loss(TypedDict):
+    """Of a number of predicted tokens."""
+
+    tokens: int
+    loss: float
+    """Mean, in nats per token."""
+    perplexity: float
+
+
+class PositionRow(Loss):
+    """Of the tokens predicted at positions ``start`` to ``stop - 1``; position 0 sees one token."""
+
+    start: int
+    stop: int
+
+
+class PerplexityRow(Loss):
+    """Of windows of one length."""
+
+    length: int
+    by_position: NotRequired[list[PositionRow]]
+
+
+def perplexity_by_length(
+    model: list[Any],
+    *,
+    data_path: str,
+    tokens: int,
+    lengths: list[int],
+    tokens_per_batch: int,
+    buckets: int | None = None,
+) -> list[PerplexityRow]:
+    """Mean loss over windows of each length.
 
     Every token but the first is predicted exactly once, from the tokens before it in its window; what does
     not fill a window is left out.
 
     Args:
         model: from :func:`~megatron_fope.tools.evaluation.model.load_model`.
-        tokens: ``[n + 1]`` int64.
-        length: window length in tokens.
+        data_path: prefix of the data.
+        tokens: predicted at most.
+        lengths: of the windows, in tokens.
         tokens_per_batch: tokens in one forward pass.
-        buckets: also report the loss in this many equal ranges of positions, at most ``length``.
-
-    Returns:
-        ``tokens`` evaluated, mean ``loss`` in nats per token and its exponential, ``perplexity``; with
-        ``buckets`` also ``by_position``, the same for the tokens that were predicted at positions ``start``
-        to ``stop - 1`` (position 0 sees one token).
+        buckets: also report the loss in this many equal ranges of positions, at most the shortest length.
     """
+    import torch
+
+    text = torch.from_numpy(read_tokens(data_path, tokens + 1))
+    return [_perplexity(model, text, length, tokens_per_batch, buckets) for length in lengths]
+
+
+def _perplexity(
+    model: list[Any], tokens: Any, length: int, tokens_per_batch: int, buckets: int | None
+) -> PerplexityRow:
     num_windows = (tokens.numel() - 1) // length
     inputs = tokens[: num_windows * length].view(num_windows, length)
     labels = tokens[1 : num_windows * length + 1].view(num_windows, length)
-    batch = max(1, min(num_windows, tokens_per_batch // length))
-    sums = 0
-    # The schedule keeps one size for all micro-batches, so a smaller last batch is a run of its own.
-    full, rest = divmod(num_windows, batch)
-    for first, size, count in ((0, batch, full), (full * batch, rest, 1)):
-        if size and count:
-            sums += sum_over_batches(
-                model,
-                _windows(inputs[first : first + size * count], labels[first : first + size * count], size),
-                partial(sum_by_bucket, length=length, buckets=buckets or 1),
-                count=count,
-                size=size,
-                length=length,
-                shape=(buckets or 1,),
-            )
-    result = _mean(float(sums.sum()), num_windows * length)
+    sums = sum_over_batches(
+        model,
+        lambda first, size, count: _windows(
+            inputs[first : first + size * count], labels[first : first + size * count], size
+        ),
+        partial(sum_by_bucket, length=length, buckets=buckets or 1),
+        samples=num_windows,
+        tokens_per_batch=tokens_per_batch,
+        length=length,
+        shape=(buckets or 1,),
+    )
+    result: PerplexityRow = {"length": length, **_mean(float(sums.sum()), num_windows * length)}
     if buckets:
         # The first position whose bucket is i.
         edges = [-(-i * length // buckets) for i in range(buckets + 1)]
         result["by_position"] = [
-            {"start": start, "stop": stop} | _mean(float(sums[i]), num_windows * (stop - start))
+            {"start": start, "stop": stop, **_mean(float(sums[i]), num_windows * (stop - start))}
             for i, (start, stop) in enumerate(itertools.pairwise(edges))
         ]
     return result
@@ -85,6 +116,6 @@ def _windows(inputs: Any, labels: Any, size: int) -> Iterator[Batch]:
         yield {"tokens": tokens, "position_ids": positions, "labels": targets}
 
 
-def _mean(total: float, tokens: int) -> dict[str, Any]:
+def _mean(total: float, tokens: int) -> Loss:
     loss = total / tokens
     return {"tokens": tokens, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}

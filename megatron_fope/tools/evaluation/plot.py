@@ -30,7 +30,7 @@ def draw(report: dict[str, Any], path: str | Path, title: str) -> None:
     Positions are those in the longest window.
 
     Args:
-        report: what :func:`megatron_fope.tools.evaluation.command.evaluate_perplexity` returns.
+        report: what :func:`megatron_fope.tools.evaluation.perplexity_command.evaluate_perplexity` returns.
         path: PNG file to write.
         title: heading.
     """

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from megatron_fope.common.errors import UserError
 from megatron_fope.tools.evaluation.model import Batch, sum_over_batches
 from megatron_fope.tools.evaluation.prompts import Ids, make_needle, make_passkey, make_recall
+from megatron_fope.tools.evaluation.tokens import read_tokens
 
 TASKS = ("passkey", "needle", "recall")
 
@@ -25,8 +26,8 @@ class Task:
 
     Attributes:
         name: one of :data:`TASKS`.
-        key_ids: ids of keys.
-        value_ids: ids of values.
+        key_ids: ids of keys; empty: those that the text holds.
+        value_ids: ids of values; empty with ``key_ids``.
         key_tokens: length of a needle's key.
         value_tokens: length of the answer.
         marker: passkey: the tokens in front of the value; empty: ``key_tokens`` ids drawn once per seed.
@@ -88,7 +89,73 @@ class Task:
         return len(set(self.value_ids)) ** -float(self.value_tokens)
 
 
-def retrieval_accuracy(
+class RetrievalRow(TypedDict):
+    """Answers found at one length and depth."""
+
+    length: int
+    depth: float
+    samples: int
+    found: int
+    accuracy: float
+
+
+def retrieval_by_length(
+    model: list[Any],
+    *,
+    task: Task,
+    text_path: str,
+    text_tokens: int,
+    lengths: list[int],
+    depths: list[float],
+    samples: int,
+    tokens_per_batch: int,
+) -> list[RetrievalRow]:
+    """How often a model's most likely tokens are the answer, all of it.
+
+    Args:
+        model: from :func:`~megatron_fope.tools.evaluation.model.load_model`.
+        task: what is asked.
+        text_path: prefix of the haystack; for recall, its keys and values are left out.
+        text_tokens: of the haystack that are used.
+        lengths: tokens of a prompt.
+        depths: where the answer stands, each 0 to 1.
+        samples: prompts per length and depth.
+        tokens_per_batch: tokens in one forward pass, at least a prompt.
+
+    Raises:
+        UserError: the text holds nothing to search, or the model has no embedding for an id.
+    """
+    from megatron.training import get_args
+
+    text = read_tokens(text_path, text_tokens)
+    if not task.key_ids:
+        ids = tuple(np.unique(text).tolist())
+        # In recall, where a key is one token, none is a value, too.
+        keys, values = (ids[::2], ids[1::2]) if task.name == "recall" else (ids, ids)
+        task = replace(task, key_ids=keys, value_ids=values)
+    if task.name == "recall" and task.pair_fraction < 1:
+        text = text[~np.isin(text, [*task.key_ids, *task.value_ids])]
+    if not len(text):
+        raise UserError(
+            f"--data-path is {text_path!r}: it holds no tokens besides keys and values; use data that does"
+        )
+    vocab_size = get_args().padded_vocab_size
+    for ids, what in (
+        (text, f"--data-path {text_path}"),
+        ((*task.key_ids, *task.value_ids, *task.marker), f"the {task.name} task"),
+    ):
+        if (largest := int(np.max(ids))) >= vocab_size:
+            raise UserError(
+                f"{what} holds id {largest}; allowed: ids below {vocab_size}, the checkpoint's vocabulary"
+            )
+    return [
+        row
+        for length in lengths
+        for row in _accuracy(model, task, text, length, depths, samples, tokens_per_batch)
+    ]
+
+
+def _accuracy(
     model: list[Any],
     task: Task,
     text: Ids,
@@ -96,36 +163,17 @@ def retrieval_accuracy(
     depths: list[float],
     samples: int,
     tokens_per_batch: int,
-) -> list[dict[str, Any]]:
-    """How often a model's most likely tokens are the answer, all of it.
-
-    Args:
-        model: from :func:`~megatron_fope.tools.evaluation.model.load_model`.
-        task: what is asked.
-        text: haystack, ``[n]``; for recall without keys and values.
-        length: tokens of a prompt.
-        depths: where the answer stands, each 0 to 1.
-        samples: prompts per depth.
-        tokens_per_batch: tokens in one forward pass, at least a prompt.
-
-    Returns:
-        For every depth: ``length``, ``depth``, ``samples``, ``found`` and ``accuracy``.
-    """
-    num_prompts = len(depths) * samples
-    batch = max(1, min(num_prompts, tokens_per_batch // length))
-    hits = 0
-    full, rest = divmod(num_prompts, batch)
-    for first, size, count in ((0, batch, full), (full * batch, rest, 1)):
-        if size and count:
-            hits += sum_over_batches(
-                model,
-                prompt_batches(task, text, length, depths, samples, first, size, count),
-                partial(count_hits, shape=(num_prompts, task.value_tokens), argmax=_argmax),
-                count=count,
-                size=size,
-                length=length,
-                shape=(num_prompts, task.value_tokens),
-            )
+) -> list[RetrievalRow]:
+    shape = (len(depths) * samples, task.value_tokens)
+    hits = sum_over_batches(
+        model,
+        partial(prompt_batches, task, text, length, depths, samples),
+        partial(count_hits, shape=shape, argmax=_argmax),
+        samples=len(depths) * samples,
+        tokens_per_batch=tokens_per_batch,
+        length=length,
+        shape=shape,
+    )
     found = (hits == 1).all(dim=1).view(len(depths), samples).sum(dim=1).tolist()
     return [
         {"length": length, "depth": depth, "samples": samples, "found": n, "accuracy": n / samples}
@@ -214,16 +262,3 @@ def _argmax(logits: Any) -> Any:
     torch.distributed.all_gather(all_ids, ids.contiguous(), group=group)
     winner = torch.stack(all_best).argmax(dim=0, keepdim=True)
     return torch.stack(all_ids).gather(0, winner)[0]
-
-
-def check_ids(tokens: Ids, vocab_size: int, what: str) -> None:
-    """Refuse ids that the model has no embedding for.
-
-    Raises:
-        UserError: there is one.
-    """
-    if len(tokens) and int(np.max(tokens)) >= vocab_size:
-        raise UserError(
-            f"{what} holds id {int(np.max(tokens))}; allowed: ids below {vocab_size}, the checkpoint's "
-            "vocabulary"
-        )
