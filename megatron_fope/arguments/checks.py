@@ -1,4 +1,4 @@
-"""What is refused of a run before it starts: numbers, and by ``plan`` and ``ladder`` models that cannot be.
+"""Checks before a run starts: of numbers and, for ``plan`` and ``ladder``, of sizes that must fit each other.
 
 Megatron's parser takes any number, and its own checks come when the processes are running.
 """
@@ -101,7 +101,7 @@ _RECOMPUTED = (
 
 
 def check_numbers(parser: argparse.ArgumentParser, args: Any) -> None:
-    """Refuse numbers that no run can mean, whatever its model.
+    """Refuse numbers that make no sense in any run.
 
     Args:
         parser: Megatron's, for the names of flags and their defaults.
@@ -116,7 +116,7 @@ def check_numbers(parser: argparse.ArgumentParser, args: Any) -> None:
 
 
 def check_training_numbers(args: Any) -> None:
-    """Refuse numbers that no training can mean.
+    """Refuse numbers that make no sense in training.
 
     Less than :func:`check_numbers`: a fork's own flags may mean anything, and a run of no iterations is used
     to evaluate.

@@ -258,14 +258,14 @@ _WITHOUT_USE = {
     "--no-yarn-correction-range-round-to-int": "FoPE's YaRN always rounds; leave it out",
     "--yaml-cfg": "Megatron then ignores all other flags; use flags instead of the file",
 }
-"""Flags that would be ignored beside FoPE without a word, and what to do."""
+"""Flags that would silently be ignored with FoPE, and what to do."""
 
 
 def check_command_line(argv: list[str]) -> None:
     """Refuse by name the flags that FoPE would ignore.
 
-    Their values tell nothing: Megatron's default is on for one of them, and the releases that have no such
-    flags would answer with hundreds of lines of usage.
+    Parsed values do not tell whether a flag was given: one of them is on by default, and releases without
+    these flags would answer with hundreds of lines of usage.
 
     Raises:
         UserError: one of them is given together with FoPE.
@@ -348,7 +348,7 @@ _READ_BY = {
 
 
 def check_scaling_flags(args: Any) -> None:
-    """Refuse settings of a length extension that is not asked for: they would do nothing, silently."""
+    """Refuse settings of a length extension that was not asked for: they would silently do nothing."""
     given = given_fope_arguments(args)
     scaling = given.get("scaling", "llama3" if getattr(args, "use_rope_scaling", False) else "none")
     for field in FIELDS:

@@ -91,7 +91,7 @@ class Layout:
 
 
 def check_layout(args: Any, *, world_name: str = "WORLD_SIZE", complete: bool = False) -> None:
-    """Refuse a layout into which model, sequence, batch or number of processes cannot be cut.
+    """Refuse a layout that does not divide the model, the sequence, the batch or the number of processes.
 
     Args:
         args: Megatron's arguments; not changed.

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_fope.common.errors import UserError
 
 Rule = tuple[str, bool, str]
-"""An argument, whether its value can be, and which can."""
+"""An argument, whether its value is allowed, and what is."""
 
 CHECKPOINT_FORMATS = ("torch_dist", "torch")
 """Values of ``--ckpt-format`` whose files FoPE looks into: for damage, and to start from another model."""
@@ -54,7 +54,7 @@ def dashes(name: str) -> str:
 
 
 def check_position_ids(args: Any) -> None:
-    """Refuse settings under which position ids that start again would not reach every attention layer."""
+    """Refuse settings under which restarting position ids would not reach every attention layer."""
     if not getattr(args, "reset_position_ids", False):
         return
     pipeline = getattr(args, "pipeline_model_parallel_size", None) or 1

@@ -115,7 +115,7 @@ def scaling_of(args: Any) -> dict[str, Any]:
 
 
 def ignored_flags(args: Any) -> list[str]:
-    """One line for every flag about RoPE's frequencies of which this Megatron's RoPE makes something else."""
+    """One line for every flag about RoPE's frequencies that this Megatron does not apply as given."""
     scaling = scaling_of(args)
     lines = []
     for name, (field, value, way) in _flags_of(args).items():

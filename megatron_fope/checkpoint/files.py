@@ -101,7 +101,7 @@ def is_legacy(folder: str | Path, step: int | str) -> bool:
 
 
 def find_missing_legacy_file(folder: str | Path, step: int | str, tensor: int, pipeline: int) -> str | None:
-    """Like :func:`find_damage`, for a file that some rank of a layout will look for in vain."""
+    """Like :func:`find_damage`, for the files that the ranks of a layout read in the legacy format."""
     iteration = Path(folder) / iteration_folder(step)
     stages = [f"_{stage:03d}" for stage in range(pipeline)] if pipeline > 1 else [""]
     for rank in range(tensor):

@@ -33,7 +33,7 @@ _SHAPES = ("kv_channels", "qk_pos_emb_head_dim", "num_attention_heads")
 
 
 def check_start(args: Any) -> None:
-    """Refuse to continue a RoPE model that is nowhere: Megatron would start from random weights."""
+    """Refuse a start from RoPE without a checkpoint: Megatron would begin with random weights."""
     if args.position_embedding_type != FOPE or not getattr(args, "fope_start_from_rope", None):
         return
     from megatron.training.checkpointing import checkpoint_exists
@@ -263,7 +263,7 @@ class FromRope(Start):
             )
 
     def check_model(self) -> None:
-        """Refuse to continue a RoPE model as something that it is not."""
+        """Refuse a RoPE model that rotates by other frequencies than this run starts with."""
         start = self.args.fope_start_from_rope
         base = getattr(self.stored, "rotary_base", self.args.rotary_base)
         if start == "function-preserving" and float(base) != self.config.rotary_base:
@@ -306,7 +306,7 @@ class Grow(Start):
         self._check_optimizer_state()
 
     def check_model(self) -> None:
-        """Refuse growth that cannot be."""
+        """Refuse growth that is not possible."""
         check_growth(self.stored_config, self.config, self.where)
         if not anneal.is_annealed(self.stored, self.iteration):
             done = anneal.annealed_iterations(self.stored, self.iteration)

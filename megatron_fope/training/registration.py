@@ -394,7 +394,7 @@ def _data_has_plain_positions() -> bool:
 
 
 def _announce(model: Any) -> None:
-    """Say once, on rank 0, what was built and which implementation runs."""
+    """Say once, on rank 0, what was built and which backend runs."""
     global _announced
     if _announced or not is_rank0():
         return
