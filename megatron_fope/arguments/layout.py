@@ -244,7 +244,7 @@ def _exchanges(args: Any, layout: Layout) -> Iterator[Rule]:
             "p2p, all_gather, a2a, or a2a+p2p with two --hierarchical-context-parallel-sizes",
         )
     heads = args.num_attention_heads // layout.tp
-    groups = max(1, num_kv_heads_of(args) // layout.tp)
+    groups = max(1, (num_kv_heads_of(args) or 1) // layout.tp)
     ranks = layout.cp if "a2a" in kinds else sizes[0]
     yield (
         "context_parallel_size" if "a2a" in kinds else "hierarchical_context_parallel_sizes",

@@ -67,8 +67,8 @@ class _Loading:
     def __init__(self, original: Callable, load_dir: Any, args: Any) -> None:
         self.original, self.load_dir, self.args = original, load_dir, args
         self.validated = hasattr(args, "data_parallel_size")  # not yet when --use-checkpoint-args is at work
-        self.asked = args.position_embedding_type if self.validated else position_type_if_given(args)
-        self.ours = self.asked == FOPE or (self.asked is None and not self.validated)
+        asked = args.position_embedding_type if self.validated else position_type_if_given(args)
+        self.ours = asked == FOPE or (asked is None and not self.validated)
         self.step = self._find_step() if self.ours else None
 
     def _find_step(self) -> int | str | None:
@@ -85,8 +85,8 @@ class _Loading:
             if self.step is not None and is_rank0():
                 _refuse_damage(self.load_dir, self.step)
 
-        self.agree(check_files)
-        return self.agree(lambda: self._read_arguments(options))
+        self._agree(check_files)
+        return self._agree(lambda: self._read_arguments(options))
 
     def _read_arguments(self, options: dict[str, Any]) -> Any:
         result = self._call(options)
@@ -118,8 +118,8 @@ class _Loading:
                 self._settle(start, state, _names_beside_attention(state, self.args) if legacy else names)
             return result
 
-        self.agree(check_files)
-        return self.agree(read)
+        self._agree(check_files)
+        return self._agree(read)
 
     def _start(self, result: Any) -> Start | None:
         """How the run starts from what Megatron has read, checked; None without arguments or without FoPE."""
@@ -159,7 +159,7 @@ class _Loading:
                 raise
             raise UserError(f"{damage} ({describe_error(error)})") from error
 
-    def agree(self, action: Callable[[], Any]) -> Any:
+    def _agree(self, action: Callable[[], Any]) -> Any:
         """Do something on every rank; what one rank refuses all refuse, so that none waits for another.
 
         Megatron itself talks to all ranks while it finds the iteration to load, so all of them are here.
