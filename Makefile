@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 BENCH_OUT ?= out/bench
 JOBS ?= 2
 KERNEL_TESTS := tests/kernels/test_triton_rotary.py tests/kernels/test_launch.py tests/kernels/test_backend.py
+# A file stays in one process, with its fixtures; in the order of tests/conftest.py.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 export PYTHON TORCH_INDEX_URL VENV NEWEST
 
 .PHONY: help setup demo extend docs test test-fast test-newest constraints layouts reshard bench bench-gpu test-gpu upstream-tests \
@@ -43,10 +45,10 @@ extend: setup
 	@$(BIN)/python examples/extend/run.py growth
 
 test: setup
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n $(JOBS) $(BY_FILE) --durations=40
 
 test-fast: setup
-	@$(BIN)/python -m pytest -q -n $(JOBS) -m "not launch"
+	@$(BIN)/python -m pytest -q -n $(JOBS) $(BY_FILE) -m "not launch"
 
 test-newest:
 	@$(MAKE) test VENV=.venv-newest NEWEST=1

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,18 +14,15 @@ from typing import Any
 import pytest
 import test_bad_commands
 from bad_numbers import MEGATRON, NUMBERS
-from launch import ROOT
+from megatron_arguments import FOPE, ROPE, command, outcome, save_checkpoint, start
 
 from megatron_fope import compat
 from megatron_fope.common.errors import UserError
 from megatron_fope.tools import cli
 from megatron_fope.tools.evaluation import perplexity_command as evaluation
 
-SCRIPT = ROOT / "tests" / "scripts" / "bad_input_cases.py"
 PREFIX = "megatron-fope: error: "
 
-FOPE = ["--position-embedding-type", "fope"]
-ROPE = ["--position-embedding-type", "rope"]
 DATA = ["--data-path", "{folder}/data"]
 
 
@@ -331,29 +327,28 @@ ACCEPTED = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the checkpoints are, next to a pair of data files."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the checkpoints are, next to a pair of data files; FoPE is registered meanwhile."""
+    from megatron_fope import register, unregister
+
     folder = tmp_path_factory.mktemp("bad_input")
     for suffix in ("bin", "idx"):
         (folder / f"data.{suffix}").touch()
-    return folder
+    register()
+    for name, checkpoint in CHECKPOINTS.items():
+        save_checkpoint(folder / name, start(checkpoint["flags"]), checkpoint["format"])
+    yield folder
+    unregister()
 
 
-@pytest.fixture(scope="module")
-def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
-    """What became of every case; Megatron is imported once, in a process of its own."""
-    cases = {name: asdict(one) for name, one in CASES.items()}
-    cases |= {f"accepted: {name}": asdict(Case("", (), flags)) for name, flags in ACCEPTED.items()}
-    request = json.dumps({"folder": str(folder), "checkpoints": CHECKPOINTS, "cases": cases})
-    run = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        input=request.replace("{folder}", str(folder)),
-        capture_output=True,
-        text=True,
-        timeout=600,
+def try_(one: Case, folder: Path) -> dict[str, Any]:
+    """What becomes of a case."""
+    flags, argv = (
+        [word.replace("{folder}", str(folder)) for word in words or ()] for words in (one.flags, one.command)
     )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    if one.command is not None:
+        return outcome(command, argv)
+    return outcome(lambda: start(flags, complete=one.complete, extra=one.extra))
 
 
 def check_line(text: str, *parts: str) -> None:
@@ -372,24 +367,27 @@ def skip_if_unknown(outcome: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.launch
+@pytest.mark.ranks(1)
 @pytest.mark.parametrize("name", CASES)
-def test_refused(name: str, outcomes: dict[str, dict[str, Any]], folder: Path) -> None:
-    outcome, expected = outcomes[name], CASES[name]
-    skip_if_unknown(outcome, name)
-    assert outcome["error"] is None, outcome["error"]
-    assert outcome["code"] == 2
+def test_refused(name: str, folder: Path) -> None:
+    expected = CASES[name]
+    found = try_(expected, folder)
+    skip_if_unknown(found, name)
+    assert found["error"] is None, found["error"]
+    assert found["code"] == 2
     check_line(
-        outcome["stderr"], *(p.replace("{folder}", str(folder)) for p in (expected.start, *expected.parts))
+        found["stderr"], *(p.replace("{folder}", str(folder)) for p in (expected.start, *expected.parts))
     )
 
 
 @pytest.mark.launch
+@pytest.mark.ranks(1)
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_accepted(name: str, outcomes: dict[str, dict[str, Any]]) -> None:
-    outcome = outcomes[f"accepted: {name}"]
-    skip_if_unknown(outcome, name)
-    assert (outcome["code"], outcome["error"]) == (None, None)
-    assert PREFIX not in outcome["stderr"]
+def test_accepted(name: str, folder: Path) -> None:
+    found = try_(Case("", (), ACCEPTED[name]), folder)
+    skip_if_unknown(found, name)
+    assert (found["code"], found["error"]) == (None, None)
+    assert PREFIX not in found["stderr"]
 
 
 @pytest.mark.launch

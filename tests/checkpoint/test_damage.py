@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT
+from megatron_arguments import outcome, start
 from trainer import FOPE, TP2, Run, Trainer
 
 pytestmark = pytest.mark.launch
@@ -236,30 +233,15 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    cases = {
-        name: {"flags": [*FOPE, *flags.split()], "complete": True, "extra": [], "command": None}
-        for name, (flags, _, _) in LAYOUTS.items()
-    }
-    script = ROOT / "tests" / "scripts" / "bad_input_cases.py"
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        input=json.dumps(
-            {"folder": str(tmp_path_factory.mktemp("layouts")), "checkpoints": {}, "cases": cases}
-        ),
-        env={**os.environ, "WORLD_SIZE": "12", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
+@pytest.mark.ranks(1)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_that_do_not_exist(name: str, outcomes: dict[str, dict]) -> None:
-    _, start, allowed = LAYOUTS[name]
-    outcome = outcomes[name]
-    assert outcome["error"] is None, outcome["error"]
-    (line,) = [line for line in outcome["stderr"].splitlines() if "error: " in line]
-    assert outcome["code"] == 2 and line.startswith(f"megatron-fope: error: {start}") and allowed in line
+def test_layouts_that_do_not_exist(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_fope import register
+
+    flags, beginning, allowed = LAYOUTS[name]
+    register()
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    found = outcome(start, [*FOPE, *flags.split()])
+    assert found["error"] is None, found["error"]
+    (line,) = [line for line in found["stderr"].splitlines() if "error: " in line]
+    assert found["code"] == 2 and line.startswith(f"megatron-fope: error: {beginning}") and allowed in line

@@ -6,15 +6,19 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launch import ROOT, TINY_MODEL, losses, prepared_release, torchrun
+import ranks
+from forks import Launcher
+from launch import ROOT, TINY_MODEL, losses, prepared_release
 from packaging.version import Version
 
 from megatron_fope.compat import SUPPORTED_CHECKOUTS, SUPPORTED_MEGATRON, megatron_version
@@ -27,7 +31,13 @@ LAYER_SPEC_ONLY = "0.16.1"
 """Its wheel has no training loop."""
 CHECKOUT = "MEGATRON_LM"
 
-SCRIPTS = ROOT / "tests" / "scripts"
+WHICH_MEGATRON = """
+import sys
+for name, module in list(sys.modules.items()):
+    if name.startswith("megatron."):
+        print(getattr(module, "__file__", None))
+sys.exit(0)
+"""
 FOPE = ("--position-embedding-type", "fope")
 
 
@@ -37,46 +47,43 @@ class Release:
 
     name: str
     folder: Path
+    launcher: Launcher
+    """Its own fork server."""
 
     @property
     def environment(self) -> dict[str, str]:
         more = os.environ.get("PYTHONPATH")
         return {"PYTHONPATH": os.pathsep.join([str(self.folder), str(ROOT), *([more] if more else [])])}
 
-    def train(self, *flags: str, nproc: int = 1) -> str:
+    def train(self, log: Path, *flags: str, nproc: int = 1) -> str:
         """Train the tiny model with the built-in pre-training; the log."""
-        command = ["-m", "megatron_fope", "--cpu", "pretrain", *TINY_MODEL, *FOPE, *flags]
-        done = torchrun(nproc, command, env=self.environment)
-        assert done.returncode == 0, done.stdout[-6000:]
-        self.check_what_ran(done.stdout)
-        return done.stdout
+        command = ["--cpu", "pretrain", *TINY_MODEL, *FOPE, *flags]
+        return self.launcher.output(nproc, command, log)
 
-    def script(self, name: str) -> dict[str, str | None]:
-        """Run one of the scripts of checks: each check's traceback or None."""
-        done = subprocess.run(
-            [sys.executable, str(SCRIPTS / name)],
-            env=os.environ | self.environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        self.check_what_ran(done.stderr)
-        return json.loads(done.stdout.splitlines()[-1])
-
-    def check_what_ran(self, log: str) -> None:
-        """Megatron warns about missing libraries, and each warning names the file that it comes from."""
-        assert f"{self.folder}/megatron/core/" in log
-        assert "site-packages/megatron/" not in log
+    def passes(self, config: pytest.Config, file: str) -> int:
+        """Run a file of tests for ranks under this release; how many passed, where none may fail."""
+        found = ranks.run(self.launcher, config, 1, ROOT / "tests" / file, [])
+        reports = [report for reports in found.values() for report in reports]
+        assert [f"{r.nodeid}:\n{r.longreprtext}" for r in reports if r.failed] == []
+        return sum(report.when == "call" and report.passed for report in reports)
 
 
-def release(name: str) -> Release:
-    """The release's folder."""
-    if name == CHECKOUT:
-        return Release(name, Path(os.environ[CHECKOUT]).resolve())
-    folder = prepared_release(name)
-    assert (folder / "megatron" / "__init__.py").is_file(), f"use make setup: {folder} lacks Megatron-Core"
-    return Release(name, folder)
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Release]]:
+    """A release by its name; all tests of a release share its server."""
+    log = tmp_path_factory.mktemp("releases") / "log"
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def release(name: str) -> Release:
+            folder = Path(os.environ[CHECKOUT]).resolve() if name == CHECKOUT else prepared_release(name)
+            assert (folder / "megatron").is_dir(), f"use make setup: {folder} lacks Megatron-Core"
+            launcher = stack.enter_context(Launcher(folder))
+            used = launcher.output(1, [], log, hook=WHICH_MEGATRON)
+            assert f"{folder}/megatron/core/" in used and "site-packages/megatron/" not in used
+            return Release(name, folder, launcher)
+
+        yield release
 
 
 @dataclass
@@ -90,23 +97,25 @@ class Trained:
     def resume(self, *flags: str, nproc: int = 1) -> list[float]:
         """Losses of a run that continues after the second iteration."""
         start = ("--load", str(self.folder), "--ckpt-step", "2", "--train-iters", "4")
-        return losses(self.release.train(*start, *flags, nproc=nproc))
+        return losses(self.release.train(self.folder / "resumed.log", *start, *flags, nproc=nproc))
 
 
 @pytest.fixture(scope="module", params=[*TRAINED, *([CHECKOUT] if CHECKOUT in os.environ else [])])
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    chosen, folder = release(request.param), tmp_path_factory.mktemp("release")
-    log = chosen.train("--train-iters", "4", "--save", str(folder), "--save-interval", "2")
-    return Trained(chosen, log, folder)
+def trained(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    releases: Callable[[str], Release],
+) -> Trained:
+    chosen, folder = releases(request.param), tmp_path_factory.mktemp("release")
+    flags = ("--train-iters", "4", "--save", str(folder / "saved"), "--save-interval", "2")
+    return Trained(chosen, chosen.train(folder / "log", *flags), folder / "saved")
 
 
 @pytest.fixture(scope="module")
-def installed_losses() -> list[float]:
+def installed_losses(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The same run on the installed release."""
-    command = ["-m", "megatron_fope", "--cpu", "pretrain", *TINY_MODEL, *FOPE, "--train-iters", "4"]
-    done = torchrun(1, command)
-    assert done.returncode == 0, done.stdout[-6000:]
-    return losses(done.stdout)
+    command = ["--cpu", "pretrain", *TINY_MODEL, *FOPE, "--train-iters", "4"]
+    return losses(launcher.output(1, command, tmp_path_factory.mktemp("installed") / "log"))
 
 
 def test_trains_with_fope(trained: Trained, installed_losses: list[float]) -> None:
@@ -132,23 +141,25 @@ def test_one_ranks_checkpoint_continues_on_two(trained: Trained) -> None:
     assert trained.resume(*layout, nproc=2) == pytest.approx([losses(trained.log)[2]], abs=1e-5)
 
 
-def test_registration(trained: Trained) -> None:
-    outcomes = trained.release.script("registration_checks.py")
-    assert len(outcomes) > 10
-    assert {name: text for name, text in outcomes.items() if text is not None} == {}
+@pytest.mark.parametrize("file", ["training/test_registration.py", "arguments/test_flags.py"])
+def test_registration(file: str, trained: Trained, pytestconfig: pytest.Config) -> None:
+    assert trained.release.passes(pytestconfig, file) > 10
 
 
-def test_layer_spec_without_a_training_loop() -> None:
+@pytest.mark.parametrize(
+    ("file", "at_least"), [("model", 15), ("spec", 4), ("mla", 4), ("tensors", 4), ("position_ids", 5)]
+)
+def test_layer_spec_without_a_training_loop(
+    file: str, at_least: int, releases: Callable[[str], Release], pytestconfig: pytest.Config
+) -> None:
     """Real models, forward, backward and in inference, on the wheel that has ``megatron.core`` alone."""
-    outcomes = release(LAYER_SPEC_ONLY).script("model_checks.py")
-    assert len(outcomes) > 20
-    assert {name: text for name, text in outcomes.items() if text is not None} == {}
+    assert releases(LAYER_SPEC_ONLY).passes(pytestconfig, f"layers/test_{file}.py") >= at_least
 
 
-def test_flag_without_a_training_loop_is_refused() -> None:
+def test_flag_without_a_training_loop_is_refused(releases: Callable[[str], Release]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "megatron_fope", "--cpu", "pretrain", *TINY_MODEL, *FOPE],
-        env=os.environ | release(LAYER_SPEC_ONLY).environment,
+        env=os.environ | releases(LAYER_SPEC_ONLY).environment,
         capture_output=True,
         text=True,
         timeout=120,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from example_scripts import EXAMPLES, error, parse, printed, site
+from forks import Launcher
 
 LENGTH = 131072
 MODELS = {
@@ -30,7 +31,9 @@ def path(model: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def outcomes(here: dict[str, str]) -> dict[str, Any]:
+def outcomes(
+    here: dict[str, str], launcher: Launcher, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What Megatron says to every command."""
     cases = {
         f"{model} {name}": printed(path(model), **(here | variables))
@@ -44,7 +47,7 @@ def outcomes(here: dict[str, str]) -> dict[str, Any]:
     )
     cases["typo"] = printed(path("dense_8b"), "--recompute-granulrity", "full", **here)
     cases["cpu"] = printed(path("moe_8x7b"), **(here | VARIANTS["mock"] | {"CPU": "1", "SEQ_LENGTH": "256"}))
-    return parse(cases)
+    return parse(launcher, tmp_path_factory.mktemp("parsed"), cases)
 
 
 @pytest.mark.launch

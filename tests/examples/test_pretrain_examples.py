@@ -79,7 +79,9 @@ def layout(args: dict[str, Any]) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(here: dict[str, str]) -> dict[str, Any]:
+def outcomes(
+    here: dict[str, str], launcher: Launcher, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What Megatron says to every command."""
     cases = {
         f"{model} {position}": printed(path(model), **(here | {"POSITION": position}))
@@ -94,7 +96,7 @@ def outcomes(here: dict[str, str]) -> dict[str, Any]:
         "slurm.sh", str(EXAMPLES / path("dense_8b")), SLURM_JOB_END_TIME=str(int(time.time()) + 7200), **MOCK
     )
     cases["typo"] = printed(path("gpt_60m"), "--tensor-modl-parallel-size", "1", **MOCK)
-    return parse(cases)
+    return parse(launcher, tmp_path_factory.mktemp("parsed"), cases)
 
 
 @pytest.mark.launch

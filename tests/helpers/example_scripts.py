@@ -13,7 +13,9 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+from forks import Launcher
 from launch import ROOT
+from megatron_arguments import validate_all
 
 EXAMPLES = ROOT / "examples"
 
@@ -110,16 +112,9 @@ def ranks_and_flags(command: list[str]) -> dict[str, Any]:
     return {"ranks": ranks, "flags": command[command.index("pretrain") + 1 :]}
 
 
-def parse(commands: dict[str, list[str]]) -> dict[str, Any]:
+def parse(launcher: Launcher, folder: Path, commands: dict[str, list[str]]) -> dict[str, Any]:
     """What Megatron's parser and validation say to every command, on the CPU, in one process."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "scripts" / "parse_commands.py")],
-        input=json.dumps({name: ranks_and_flags(command) for name, command in commands.items()}),
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    cases = {name: ranks_and_flags(command) for name, command in commands.items()}
+    code, log = launcher.call(validate_all, cases, str(folder / "parsed"), log=folder / "parsed.log")
+    assert code == 0, log[-4000:]
+    return json.loads((folder / "parsed").read_text())

@@ -8,8 +8,10 @@ processes, a patch of Megatron for example, ends with them.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -25,12 +27,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Launcher:
-    """Starts runs in a server process; a context manager."""
+    """Starts runs in a server process; a context manager.
+
+    Args:
+        megatron: a folder with another Megatron than the installed one.
+    """
+
+    def __init__(self, megatron: Path | None = None) -> None:
+        self._megatron = megatron
 
     def __enter__(self) -> Launcher:
-        path = os.pathsep.join(
-            filter(None, [str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH")])
-        )
+        folders = (self._megatron, ROOT, ROOT / "examples", os.environ.get("PYTHONPATH"))
+        path = os.pathsep.join(str(folder) for folder in folders if folder)
         self._server = subprocess.Popen(
             [sys.executable, str(Path(__file__))],
             stdin=subprocess.PIPE,
@@ -63,7 +71,27 @@ class Launcher:
         Returns:
             The first exit code that is not 0 (negative: a signal), else 0; and the output.
         """
-        request = {"nproc": nproc, "argv": argv, "log": str(log), "hook": hook, "timeout": timeout}
+        return self.call(_command, argv, hook, nproc=nproc, log=log, timeout=timeout)
+
+    def call(
+        self,
+        function: Callable[..., int | None],
+        *arguments: Any,
+        log: Path,
+        nproc: int = 1,
+        timeout: float = 300.0,
+    ) -> tuple[int, str]:
+        """Call a function on every rank, as :meth:`run` runs a command; its result is the exit code.
+
+        Args:
+            function: of a module that the server can import.
+            *arguments: what ``pickle`` can hold.
+            log: file for the output of all ranks.
+            nproc: number of ranks.
+            timeout: seconds after which the call counts as hung.
+        """
+        call = pickle.dumps((function.__module__, function.__name__, arguments)).hex()
+        request = {"call": call, "nproc": nproc, "log": str(log), "timeout": timeout}
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         answer = self._server.stdout.readline()
@@ -92,16 +120,25 @@ def import_megatron() -> None:
 
     cpu.add_argument_defaults([])
     cpu.enable()
-    import megatron_fope.training.pretrain
-    import megatron_fope.training.registration  # noqa: F401
+    import megatron_fope.layers.spec
+
+    with contextlib.suppress(ImportError):  # the wheel of 0.16 has no training loop
+        import megatron_fope.training.pretrain
+        import megatron_fope.training.registration  # noqa: F401
 
 
-def _run(nproc: int, argv: list[str], log: str, hook: str, timeout: float) -> int:
-    def action() -> int:
-        exec(hook, {"__name__": "hook"})
-        from megatron_fope.tools.cli import main
+def _command(argv: list[str], hook: str) -> int:
+    exec(hook, {"__name__": "hook"})
+    from megatron_fope.tools.cli import main
 
-        return main(argv)
+    return main(argv)
+
+
+def _run(call: str, nproc: int, log: str, timeout: float) -> int:
+    module, name, arguments = pickle.loads(bytes.fromhex(call))
+
+    def action() -> Any:
+        return getattr(importlib.import_module(module), name)(*arguments)
 
     return run_ranks(nproc, action, Path(log), timeout=timeout)
 

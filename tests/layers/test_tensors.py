@@ -1,4 +1,4 @@
-"""Checks of the tensors that FoPE's modules own; run by ``model_checks.py``, whose models they use."""
+"""The tensors that FoPE's modules own: where they are made, what moves, casts, offloads and trains them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from mla_checks import mla_model
-from model_checks import fope_config, gpt, run, since, tokens
+import pytest
+import torch
+from models import fope_config, gpt, mla_model, run, since, tokens
+
+pytestmark = [pytest.mark.launch, pytest.mark.ranks(1), pytest.mark.usefixtures("model_parallel")]
 
 
 def _modules() -> dict[str, Callable[[], Any]]:
@@ -41,8 +44,6 @@ def _tensors(module: Any) -> dict[str, Any]:
 
 
 def _assert_same(found: Any, expected: Any, case: str) -> None:
-    import torch
-
     found, expected = _tensors(found), _tensors(expected)
     assert found.keys() == expected.keys(), case
     for name, tensor in expected.items():
@@ -52,8 +53,6 @@ def _assert_same(found: Any, expected: Any, case: str) -> None:
 @contextmanager
 def _poisoned_memory() -> Iterator[None]:
     """New memory is NaN."""
-    import torch
-
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
@@ -62,9 +61,7 @@ def _poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def check_new_modules_do_not_depend_on_the_ambient_device_or_dtype() -> None:
-    import torch
-
+def test_new_modules_do_not_depend_on_the_ambient_device_or_dtype() -> None:
     for name, make in _modules().items():
         with torch.device("meta"):
             on_meta = make()
@@ -77,10 +74,8 @@ def check_new_modules_do_not_depend_on_the_ambient_device_or_dtype() -> None:
         _assert_same(in_bfloat16, make(), name)
 
 
-def check_tensors_survive_materialisation() -> None:
+def test_tensors_survive_materialisation() -> None:
     """``to_empty`` of modules that have their numbers, and of modules that never had any."""
-    import torch
-
     ways = {
         "to_empty": lambda m: m.to_empty(device="cpu"),
         "meta, to_empty": lambda m: m.to("meta").to_empty(device="cpu"),
@@ -105,9 +100,8 @@ def check_tensors_survive_materialisation() -> None:
 
 
 @since(0, 17)  # 0.16 has no megatron.training
-def check_models_built_without_memory_equal_ordinary_ones() -> None:
+def test_models_built_without_memory_equal_ordinary_ones() -> None:
     """Megatron's own order under ``--init-model-with-meta-device``, and PyTorch's; then a checkpoint."""
-    import torch
     from megatron.core.transformer.module import Float16Module
     from megatron.training.utils import to_empty_if_meta_device
 
@@ -127,10 +121,8 @@ def check_models_built_without_memory_equal_ordinary_ones() -> None:
             assert torch.equal(run(model, *tokens()), expected)
 
 
-def check_every_learnable_coefficient_gets_a_gradient() -> None:
+def test_every_learnable_coefficient_gets_a_gradient() -> None:
     """Megatron's data parallelism waits for all of them: with unrotated layers, and with all else frozen."""
-    import torch
-
     every = {"learnable": True}
     cases = {
         "unrotated layer": gpt(fope_config(**every), no_rope_freq=[0, 1]),
@@ -159,7 +151,7 @@ def _rotated(model: Any) -> list[bool]:
     return [layer.self_attention.fope_rotates for layer in model.decoder.layers]
 
 
-def check_optimizers_treat_coefficients_of_every_shape_alike() -> None:
+def test_optimizers_treat_coefficients_of_every_shape_alike() -> None:
     """As no matrix, whose update Muon orthogonalises, and as nothing that grows with the model's width."""
     from megatron.core import optimizer as optimizers
 
@@ -193,10 +185,8 @@ def _muon_rules() -> list[tuple[Callable[[Any], bool], bool]]:
     return [(_is_nonlinear_or_embedding, True), (is_managed_by_layer_wise_optimizer, False)]
 
 
-def check_offloading_gives_the_same_gradients() -> None:
+def test_offloading_gives_the_same_gradients() -> None:
     """Megatron's own offloading of the core attention, on CPU tensors; it frees query, key and value."""
-    import torch
-
     shapes = [{}, {"num_query_groups": 4}, {"attention_output_gate": True}]
     settings = {
         "fine_grained_activation_offloading": True,
@@ -216,7 +206,6 @@ def check_offloading_gives_the_same_gradients() -> None:
 @contextmanager
 def _offloading_on_the_cpu() -> Iterator[None]:
     """Megatron asks for CUDA tensors, and for a switch of Transformer Engine."""
-    import torch
     from megatron.core.extensions import transformer_engine
     from megatron.core.pipeline_parallel import fine_grained_activation_offload as offload
 

@@ -1,4 +1,4 @@
-"""Checks of multi-latent attention; ``model_checks.py`` runs them in its process.
+"""FoPE in multi-latent attention.
 
 Megatron builds these layers on Transformer Engine only; the CPU runtime lets its plain attention serve them.
 """
@@ -8,59 +8,14 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from model_checks import fope_config, run, since, tokens
+import pytest
+import torch
+from models import LATENT, POSITIONAL, fope_config, mla_config, mla_model, refused, run, since, tokens
 
-POSITIONAL, HEADS, LATENT = 16, 4, 24
-
-
-def mla_config(**overrides: Any) -> Any:
-    from megatron.core.transformer.transformer_config import MLATransformerConfig
-
-    settings = {
-        "num_layers": 2,
-        "hidden_size": 64,
-        "num_attention_heads": HEADS,
-        "q_lora_rank": 32,
-        "kv_lora_rank": LATENT,
-        "qk_head_dim": 8,
-        "qk_pos_emb_head_dim": POSITIONAL,
-        "v_head_dim": 12,
-        "rope_type": "rope",
-        "init_method_std": 0.2,
-        "use_cpu_initialization": True,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
-        "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": False,
-    }
-    return MLATransformerConfig(**settings | overrides)
+pytestmark = [pytest.mark.launch, pytest.mark.ranks(1), pytest.mark.usefixtures("model_parallel")]
 
 
-def mla_model(fope: Any = None, **overrides: Any) -> Any:
-    """A small GPT with multi-latent attention; with Megatron's own rotation when ``fope`` is None."""
-    import torch
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
-    from megatron_fope import with_fope
-
-    spec = get_gpt_layer_local_spec(multi_latent_attention=True)
-    torch.manual_seed(3)
-    return GPTModel(
-        mla_config(**overrides),
-        with_fope(spec, fope) if fope else spec,
-        vocab_size=128,
-        max_sequence_length=64,
-        position_embedding_type="none",
-    )
-
-
-def check_mla_with_identity_coefficients_equals_megatrons_own() -> None:
-    import torch
-
+def test_mla_with_identity_coefficients_equals_megatrons_own() -> None:
     from megatron_fope import assert_fope_active
 
     model = mla_model(fope_config(clip=False, drop_clipped=False, init="eye"))
@@ -70,10 +25,8 @@ def check_mla_with_identity_coefficients_equals_megatrons_own() -> None:
     assert (ours - run(mla_model(fope_config(gain=1.0)), *tokens())).abs().max() > 1e-2
 
 
-def check_mla_rotates_the_positional_channels_by_the_formula() -> None:
+def test_mla_rotates_the_positional_channels_by_the_formula() -> None:
     """All heads by one set of coefficients; the other channels and the values stay as they are."""
-    import torch
-
     from megatron_fope.formula.functional import apply_fourier_rotary, fourier_basis
     from megatron_fope.formula.geometry import Geometry
 
@@ -93,9 +46,8 @@ def check_mla_rotates_the_positional_channels_by_the_formula() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain[2:], rotated[2:], strict=True))
 
 
-def check_mla_packed_documents_equal_separate_ones() -> None:
+def test_mla_packed_documents_equal_separate_ones() -> None:
     """Also with ``max_seqlen`` of the whole pack, where Megatron's own rotation does not start again."""
-    import torch
     from megatron.core.packed_seq_params import PackedSeqParams
 
     model = mla_model(fope_config(gain=1.0))
@@ -115,10 +67,8 @@ def check_mla_packed_documents_equal_separate_ones() -> None:
             torch.testing.assert_close(together[:, start:end], alone, rtol=0, atol=2e-5)
 
 
-def check_mla_recomputation_gives_the_same_gradients() -> None:
+def test_mla_recomputation_gives_the_same_gradients() -> None:
     """Megatron frees query, key and value after the forward pass and makes them again."""
-    import torch
-
     gradients = []
     for recompute in (
         {},
@@ -135,9 +85,8 @@ def check_mla_recomputation_gives_the_same_gradients() -> None:
             torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def check_mla_recomputation_keeps_no_more_than_megatrons_own() -> None:
+def test_mla_recomputation_keeps_no_more_than_megatrons_own() -> None:
     """Bytes that a step keeps for its backward pass: what is rotated is recomputed with what it came from."""
-    import torch
 
     def kept(fope: Any) -> int:
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["mla_up_proj"]}
@@ -163,9 +112,8 @@ def check_mla_recomputation_keeps_no_more_than_megatrons_own() -> None:
     assert kept(fope_config(learnable=True)) <= 1.02 * most
 
 
-def check_mla_cached_decoding_equals_the_full_forward() -> None:
+def test_mla_cached_decoding_equals_the_full_forward() -> None:
     """Static batching: a chunk, then token by token; the cache holds rotated keys."""
-    import torch
     from megatron.core.inference.contexts import StaticInferenceContext
 
     try:
@@ -189,9 +137,8 @@ def check_mla_cached_decoding_equals_the_full_forward() -> None:
 
 
 @since(0, 17)
-def check_mla_latent_cache_gets_rotated_keys() -> None:
+def test_mla_latent_cache_gets_rotated_keys() -> None:
     """Dynamic batching caches latents beside one rotated key: every row by its token's position."""
-    import torch
     from megatron.core.inference.config import InferenceConfig
     from megatron.core.inference.contexts import DynamicInferenceContext
     from megatron.core.inference.inference_request import DynamicInferenceRequest
@@ -237,9 +184,7 @@ def check_mla_latent_cache_gets_rotated_keys() -> None:
 
 
 @since(0, 17)
-def check_mla_refuses_what_it_cannot_rotate() -> None:
-    from spec_checks import refused
-
+def test_mla_refuses_what_it_cannot_rotate() -> None:
     from megatron_fope.layers.attention import check_host_config
 
     refused(lambda: check_host_config(mla_config(rope_type="yarn")), "use --rope-type rope")

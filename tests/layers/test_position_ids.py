@@ -1,4 +1,4 @@
-"""Checks of position ids in real models; ``model_checks.py`` runs them in its process.
+"""Position ids in real models.
 
 A sample with padding in front, whose position ids start behind it, must get the logits it has without the
 padding: what RoPE gives by itself, because it sees differences of positions only.
@@ -10,9 +10,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mla_checks import mla_model
-from model_checks import fope_config, gpt, run, tokens, transformer_config
-from spec_checks import refused
+import pytest
+import torch
+from models import fope_config, gpt, mla_model, refused, run, tokens, transformer_config
+
+pytestmark = [pytest.mark.launch, pytest.mark.ranks(1), pytest.mark.usefixtures("model_parallel")]
+
 
 PADS = (0, 6, 3)
 LENGTH = 24
@@ -21,8 +24,6 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 
 def left_padded(pads: tuple[int, ...] = PADS) -> tuple[Any, Any, Any]:
     """Token ids, position ids and mask (True: hidden) of samples with so many pads in front."""
-    import torch
-
     ids, _ = tokens(LENGTH, len(pads))
     front = torch.tensor(pads)[:, None]
     positions = (torch.arange(LENGTH) - front).clamp(min=0)
@@ -42,8 +43,6 @@ def assert_pads_do_not_matter(model: Any, tolerance: float = 2e-5) -> None:
 
 
 def hybrid(fope: Any, pattern: str = "*-*-", **overrides: Any) -> Any:
-    import torch
-
     from megatron_fope import compat, with_fope
     from megatron_fope.training.hybrid_model import LOCAL_STACK
 
@@ -69,7 +68,7 @@ def models() -> Iterator[tuple[str, Callable[..., Any]]]:
         yield "hybrid", lambda **o: hybrid(fope_config(), **o)
 
 
-def check_position_ids_are_honoured() -> None:
+def test_position_ids_are_honoured() -> None:
     for _, build in models():
         model = build().eval()
         assert_pads_do_not_matter(model)
@@ -78,9 +77,8 @@ def check_position_ids_are_honoured() -> None:
         assert (wrong - model(ids, positions, mask)).abs().max() > 1e-2, "the model must notice positions"
 
 
-def check_position_ids_reach_prediction_layers() -> None:
+def test_position_ids_reach_prediction_layers() -> None:
     """Their loss is a sum over real tokens only, which must not change with padding in front."""
-    import torch
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 
     from megatron_fope import with_fope
@@ -101,10 +99,8 @@ def check_position_ids_reach_prediction_layers() -> None:
     assert (plain - padded).abs().max() > 1e-3
 
 
-def check_position_ids_stay_with_their_micro_batch() -> None:
+def test_position_ids_stay_with_their_micro_batch() -> None:
     """Layers run again in the backward pass, after another micro-batch's forward pass."""
-    import torch
-
     for name, build in models():
         gradients = []
         for settings in ({}, FULL):
@@ -121,9 +117,7 @@ def check_position_ids_stay_with_their_micro_batch() -> None:
             torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
 
 
-def check_plain_position_ids_take_the_fast_path() -> None:
-    import torch
-
+def test_plain_position_ids_take_the_fast_path() -> None:
     from megatron_fope.layers.embedding import FourierEmbedding
 
     given: list[Any] = []
@@ -150,7 +144,7 @@ def check_plain_position_ids_take_the_fast_path() -> None:
         FourierEmbedding.forward = forward
 
 
-def check_layers_share_one_basis_of_position_ids() -> None:
+def test_layers_share_one_basis_of_position_ids() -> None:
     from megatron_fope.formula import functional
 
     built: list[int] = []
@@ -168,16 +162,14 @@ def check_layers_share_one_basis_of_position_ids() -> None:
         functional.fourier_basis = original
 
 
-def check_models_without_fope_are_left_alone() -> None:
+def test_models_without_fope_are_left_alone() -> None:
     model = gpt(position="rope")
     assert not model._forward_pre_hooks and not model.decoder._forward_pre_hooks
     ids, positions, mask = left_padded()
     model(ids, positions, mask)
 
 
-def check_an_error_leaves_no_position_ids_behind() -> None:
-    import torch
-
+def test_an_error_leaves_no_position_ids_behind() -> None:
     model = gpt(fope_config())
     ids, positions, mask = left_padded()
     with contextlib.suppress(Exception):
@@ -186,9 +178,7 @@ def check_an_error_leaves_no_position_ids_behind() -> None:
     model.decoder(torch.randn(30, 1, 64), None)
 
 
-def check_unusable_position_ids_are_refused() -> None:
-    import torch
-
+def test_unusable_position_ids_are_refused() -> None:
     model = gpt(fope_config())
     ids, positions = tokens()
     cases = {
@@ -206,10 +196,8 @@ def check_unusable_position_ids_are_refused() -> None:
         refused(lambda case=case: run(model, ids, case), text)
 
 
-def check_rotary_tables_are_refused() -> None:
+def test_rotary_tables_are_refused() -> None:
     """A model with its own position embedding beside FoPE's rotates twice, or adds positions."""
-    import torch
-
     from megatron_fope import assert_fope_active
 
     for position in ("rope", "yarn", "learned_absolute"):
@@ -236,7 +224,6 @@ def check_rotary_tables_are_refused() -> None:
 
 def double(position: str, yarn: dict[str, Any]) -> Any:
     """A model from a FoPE spec in whose configuration another position embedding is set."""
-    import torch
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 

@@ -1,4 +1,4 @@
-"""Checks of layer specs and of what is built from them; ``model_checks.py`` runs them in its process."""
+"""Layer specs with FoPE in them, and what Megatron builds from them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import contextlib
 import copy
 import dataclasses
 import io
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from model_checks import fope_config, gpt, run, since, tokens, transformer_config
+import pytest
+import torch
+from models import fope_config, gpt, refused, run, since, tokens, transformer_config
+
+pytestmark = [pytest.mark.launch, pytest.mark.ranks(1), pytest.mark.usefixtures("model_parallel")]
 
 
-def check_with_fope_leaves_the_original_alone() -> None:
+def test_with_fope_leaves_the_original_alone() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.attention import SelfAttention
 
@@ -31,7 +34,7 @@ def check_with_fope_leaves_the_original_alone() -> None:
     assert with_fope(converted, fope_config()).submodules.self_attention.params == attention.params
 
 
-def check_with_fope_refuses_what_it_cannot_convert() -> None:
+def test_with_fope_refuses_what_it_cannot_convert() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.attention import SelfAttention
 
@@ -54,7 +57,7 @@ def check_with_fope_refuses_what_it_cannot_convert() -> None:
 
 
 @since(0, 17)
-def check_with_fope_refuses_absorbed_latent_attention() -> None:
+def test_with_fope_refuses_absorbed_latent_attention() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     from megatron_fope import with_fope
@@ -75,18 +78,7 @@ def absorbed_mla() -> type:
     return absorbed_mla.AbsorbedMLASelfAttention
 
 
-def refused(case: Callable[[], Any], text: str) -> None:
-    from megatron_fope import UserError
-
-    try:
-        case()
-    except UserError as error:
-        assert text in str(error) and "\n" not in str(error), error
-    else:
-        raise AssertionError(f"{text}: accepted")
-
-
-def check_mixture_of_experts_and_block_specs() -> None:
+def test_mixture_of_experts_and_block_specs() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     from megatron_fope import assert_fope_active
@@ -103,8 +95,7 @@ def check_mixture_of_experts_and_block_specs() -> None:
     assert run(model, *tokens()).isfinite().all()
 
 
-def check_multi_token_prediction_layers_have_their_own_coefficients() -> None:
-    import torch
+def test_multi_token_prediction_layers_have_their_own_coefficients() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 
     from megatron_fope import assert_fope_active, with_fope
@@ -117,7 +108,7 @@ def check_multi_token_prediction_layers_have_their_own_coefficients() -> None:
     assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[i + 1 :])
 
 
-def check_hybrid_and_transformer_engine_specs_convert() -> None:
+def test_hybrid_and_transformer_engine_specs_convert() -> None:
     """Only the specs: the layers themselves need Transformer Engine."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.transformer.attention import SelfAttention
@@ -151,7 +142,7 @@ def iterate_modules(node: Any) -> Any:
 
 
 @since(0, 17)
-def check_pattern_of_a_hybrid_model_is_checked() -> None:
+def test_pattern_of_a_hybrid_model_is_checked() -> None:
     from megatron_fope.layers.attention import check_host_config
     from megatron_fope.training import hybrid_model
 
@@ -167,9 +158,7 @@ def check_pattern_of_a_hybrid_model_is_checked() -> None:
 
 
 @since(0, 17)
-def check_prediction_layers_of_a_hybrid_model_have_their_own_coefficients() -> None:
-    import torch
-
+def test_prediction_layers_of_a_hybrid_model_have_their_own_coefficients() -> None:
     from megatron_fope import assert_fope_active, compat, with_fope
     from megatron_fope.layers.report import layer_list
     from megatron_fope.training.hybrid_model import LOCAL_STACK
@@ -189,7 +178,7 @@ def check_prediction_layers_of_a_hybrid_model_have_their_own_coefficients() -> N
         assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[i + 1 :])
 
 
-def check_layers_without_position_embedding_are_listed() -> None:
+def test_layers_without_position_embedding_are_listed() -> None:
     """Cross-attention and what stands in the place of attention: they have none with RoPE either."""
     from megatron.core.models.T5.t5_spec import get_t5_decoder_with_local_block_spec
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -208,8 +197,6 @@ def check_layers_without_position_embedding_are_listed() -> None:
 
 
 def linear_attention() -> type:
-    import torch
-
     class LinearAttention(torch.nn.Module):
         """Stands for gated delta nets, which need a library for GPUs."""
 
@@ -220,7 +207,7 @@ def linear_attention() -> type:
 
 
 @since(0, 17)
-def check_models_that_know_no_fope_refuse_the_type() -> None:
+def test_models_that_know_no_fope_refuse_the_type() -> None:
     """T5 and BERT would train without any positions."""
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
     from megatron.core.models.bert.bert_model import BertModel

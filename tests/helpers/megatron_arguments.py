@@ -1,15 +1,9 @@
-"""Feed command lines to Megatron's argument handling with FoPE registered, many in one process.
-
-Reads ``{"folder", "checkpoints": {name: {"flags", "format"}}, "cases": {name: {...}}}`` from standard input
-and prints ``{name: outcome}`` as the last line of standard output. An outcome holds ``code`` (exit code, None
-when nothing was refused), ``error`` (the traceback of anything else), ``stderr`` and ``args``.
-"""
+"""Command lines in Megatron's own parser and validation, for tests that run on a rank."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import io
 import json
 import os
@@ -21,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fope import cpu
+from megatron_fope.common.errors import exit_on_user_error
 
 TINY_MODEL = [
     *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4"),
@@ -29,10 +24,17 @@ TINY_MODEL = [
     *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "127"),
 ]
 """16 channels per head and 4 KV heads."""
+FOPE = ["--position-embedding-type", "fope"]
+ROPE = ["--position-embedding-type", "rope"]
 
 
 def outcome(action: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """Run something that may exit; see the module's docstring."""
+    """Run something that may exit.
+
+    Returns:
+        Exit ``code``, None if it did not exit; ``error``, the traceback of anything else; what it wrote to
+        ``stderr``; and its result as ``args``.
+    """
     code, error, result = None, None, None
     stderr, stdout = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stdout):
@@ -98,38 +100,42 @@ def command(argv: list[str]) -> None:
     sys.exit(main(argv))
 
 
-def scalars(args: argparse.Namespace | None) -> dict[str, Any] | None:
-    """The arguments that JSON can hold."""
-    if args is None:
-        return None
-    return {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | bool | None)}
+def validated(ranks: int, flags: list[str]) -> argparse.Namespace:
+    """Megatron's arguments as rank 0 of a complete launch has them before it initialises anything."""
+    from megatron.training import arguments
+
+    from megatron_fope.training.pretrain import check_args
+
+    os.environ["WORLD_SIZE"] = str(ranks)
+    sys.argv = ["train", *cpu.add_argument_defaults(flags)]
+    args = arguments.parse_args()
+    arguments.validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
+    with exit_on_user_error():
+        check_args(args)
+    return args
 
 
-def main() -> None:
-    """Make the checkpoints, run the cases, print the outcomes."""
-    request = json.load(sys.stdin)
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    cpu.enable()
+def validate_all(cases: dict[str, dict[str, Any]], answer: str) -> None:
+    """Write ``{name: outcome}`` of :func:`validated` as JSON, with the arguments that it can hold."""
     from megatron_fope import register
 
     register()
-    folder = Path(request["folder"])
-    for name, checkpoint in request["checkpoints"].items():
-        with contextlib.redirect_stdout(io.StringIO()):
-            args = start(checkpoint["flags"])
-        save_checkpoint(folder / name, args, checkpoint["format"])
-    outcomes = {}
-    for name, case in request["cases"].items():
-        if case["command"] is not None:
-            outcomes[name] = outcome(command, case["command"])
-        else:
-            outcomes[name] = outcome(
-                functools.partial(start, case["flags"], complete=case["complete"], extra=case["extra"])
-            )
-        outcomes[name]["args"] = scalars(outcomes[name]["args"])
-    print(json.dumps(outcomes))
+    outcomes = {name: outcome(lambda case=case: validated(**case)) for name, case in cases.items()}
+    for found in outcomes.values():
+        if found["args"] is not None:
+            found["args"] = {
+                name: value
+                for name, value in vars(found["args"]).items()
+                if isinstance(value, int | float | str | bool | None)
+            }
+    Path(answer).write_text(json.dumps(outcomes))
 
 
-if __name__ == "__main__":
-    main()
+def plain(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments without FoPE's own, comparable."""
+    return {name: repr(value) for name, value in vars(args).items() if not name.startswith("fope_")}
+
+
+def fope_values(args: argparse.Namespace) -> dict[str, Any]:
+    """FoPE's own arguments without their prefix."""
+    return {name.removeprefix("fope_"): v for name, v in vars(args).items() if name.startswith("fope_")}
