@@ -243,7 +243,7 @@ def _forget_tables() -> None:
     """Empty the cache of shared tables, so that the next call fills it."""
     from megatron_fope.layers import embedding
 
-    embedding._BASIS_CACHE = type(embedding._BASIS_CACHE)()
+    embedding.BASES.clear()
 
 
 def _query_and_key(tokens: int, device: torch.device) -> Pair:

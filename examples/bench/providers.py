@@ -102,7 +102,7 @@ def _triton(variant: str) -> Callable[[Inputs], Callable[[], Pair]]:
 def _forget_tables() -> None:
     from megatron_fope.kernels import launch
 
-    launch._TABLES = type(launch._TABLES)()
+    launch.TABLES.clear()
 
 
 def _without_triton(case: Case, device: torch.device) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_fope.formula import functional
-from megatron_fope.kernels.tables import TableCache
+from megatron_fope.kernels.cache import VersionedCache
 
 PRECISIONS = {"tables": "ieee", "fused": "ieee", "fused_tf32x3": "tf32x3"}
 """How each variant multiplies; plain TF32 is not among the choices."""
@@ -18,7 +18,8 @@ _ENOUGH_PROGRAMS = 1024
 """From here on a program handles its tokens of the whole batch, before that one sequence: eight programs for
 each of an H200's 132 multiprocessors."""
 
-_TABLES = TableCache()
+TABLES: VersionedCache[tuple[Tensor, Tensor]] = VersionedCache()
+"""Tables that all layers and both passes share; a basis made for a single call leaves none behind."""
 
 
 class Call(NamedTuple):
@@ -37,7 +38,7 @@ class Call(NamedTuple):
     variant: str
     """One of :data:`PRECISIONS`."""
     keep_tables: bool
-    """Tables may be kept between calls."""
+    """Tables may be kept between calls. Not where coefficients learn: optimizers' writes are not counted."""
 
 
 def forward(query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -165,10 +166,13 @@ def _factors(call: Call, width: int) -> tuple[Tensor, Tensor, Tensor | None, Ten
         pads = {"pad_sin": call.pad_sin, "pad_cos": call.pad_cos}
         return functional.fourier_tables(*wide, *coefficients, width, **pads)
 
-    if not call.keep_tables:
+    if not call.keep_tables or any(
+        t.is_inference() for t in (*bases, *coefficients)
+    ):  # which count no writes
         return *build(), None, None
-    padding = (call.pad_sin, call.pad_cos, width)
-    return *_TABLES.get(bases, coefficients, *padding, build=build), None, None
+    # The coefficients by their memory: a tensor-parallel rank's slice is a new view in every call.
+    slot = (call.pad_sin, call.pad_cos, width, *(t.data_ptr() for t in (*bases, *coefficients)))
+    return *TABLES.get(slot, build, sources=coefficients, owners=bases), None, None
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

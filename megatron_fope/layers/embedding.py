@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +17,20 @@ from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig
 from megatron_fope.formula.geometry import Geometry
 from megatron_fope.formula.growth import grow_coefficients
+from megatron_fope.kernels import cache
 from megatron_fope.kernels.backend import Backend, Case, choose
-from megatron_fope.kernels.sharing import forget, representative
+from megatron_fope.kernels.cache import VersionedCache, canonical, forget
 from megatron_fope.layers.anneal import Interpolation
 from megatron_fope.layers.positions import local_positions
 from megatron_fope.layers.precision import KeepsPrecision
+
+BASES: VersionedCache[tuple[Tensor, Tensor]] = VersionedCache()
+"""The basis of the moment for each of a few models, used by all layers.
+
+Plain positions stay the same from step to step. Others come from tensors: packed documents and position ids
+bring new ones with every micro-batch, an inference context writes new values into the same memory in every
+step. (Recomputation brings other tensors of the same memory.)
+"""
 
 KEEP = object()
 """In place of a coefficient tensor in a state dict: loading it keeps the numbers that the module has."""
@@ -131,7 +136,7 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         local = {name: getattr(self, name) for name in self.fope.coefficient_names}
         if not self.fope.learnable:
             share = shared and self.fope.shared_layers
-            local = {k: representative(v) if share else v.data for k, v in local.items()}
+            local = {k: canonical(v) if share else v.data for k, v in local.items()}
         tp_size = self.tp_group.size() if self.tp_group is not None else 1
         if tp_size == 1:
             return local
@@ -237,7 +242,7 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
         if between is None:
             coefficients = self.coefficients(shared=chosen.keeps_tables)
             return chosen.rotate(query, key, sin_basis, cos_basis, coefficients, self.fope)
-        if not _is_capturing():
+        if not cache.is_capturing():
             between.update()
         coefficients = between.coefficients(self.coefficients())
         return chosen.rotate(query, key, sin_basis, cos_basis, coefficients, between.settings)
@@ -269,9 +274,9 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
             else:
                 basis = functional.fourier_basis(positions, self.inv_freq)
             dtype = getattr(self, self.fope.coefficient_names[0]).dtype
-            return basis[0].to(dtype), basis[1].to(dtype)  # exact angles come in float64
+            sin, cos = (b.to(dtype) for b in basis)  # exact angles come in float64
+            return compat.keep_on_device(sin), compat.keep_on_device(cos)
 
-        settings = (self.geometry, query.device, between is not None)
         layout: tuple[Any, ...] = (query.size(0),)
         tensors: tuple[Tensor | None, ...] = ()
         if position_ids is not None:
@@ -291,18 +296,18 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
                 layout += (packed.qkv_format, packed.cp_group, packed.local_cp_size)
                 tensors = (packed.cu_seqlens_q, packed.cu_seqlens_q_padded)
         found = tuple(t for t in tensors if t is not None)
-        place = (self.stack, self.layer)
-        return _BASIS_CACHE.get(settings, layout, build, found, place, in_order=context is not None)
-
-
-@dataclass
-class _Kept:
-    key: Any
-    tensors: tuple[Tensor, ...]
-    """Kept alive: others must not get their memory."""
-    place: tuple[str, int]
-    """Stack and number of the layer that used the basis last."""
-    basis: tuple[Tensor, Tensor]
+        # A tensor made in inference mode could not be saved for backward by a later training step.
+        with torch.inference_mode(False), torch.no_grad():
+            if found and cache.is_capturing():
+                return build()  # the graph will be replayed with other positions in the same memory
+            uncounted = found and (context is not None or any(t.is_inference() for t in found))
+            return BASES.get(
+                (self.geometry, query.device, between is not None),
+                build,
+                settings=layout,
+                sources=found,
+                place=(self.stack, self.layer) if uncounted else None,
+            )
 
 
 class _Leave(torch.autograd.Function):
@@ -323,94 +328,3 @@ def _check_shape(position_ids: Tensor, query: Tensor) -> None:
             f"position_ids has shape {tuple(position_ids.shape)}; requires [b, s], here [{samples}, "
             f"{tokens}] (a context-parallel rank takes those of its own tokens)"
         )
-
-
-class _BasisCache:
-    """The basis of the moment for each of a few models: made once, used by all layers.
-
-    Plain positions stay the same from step to step. Others come from tensors: packed documents and position
-    ids bring new ones with every micro-batch, an inference context writes new values into the same memory in
-    every step. They are recognised by their memory, which an entry keeps alive, and by PyTorch's count of
-    writes to it. (Recomputation brings other tensors of the same memory.) Where writes may go uncounted, in
-    inference, a basis also serves only later layers of its stack: when a layer or an earlier one comes again,
-    it is the next step.
-
-    A graph that is being captured may read a basis of plain positions, which is then kept for good. Others it
-    must make itself, in each layer, because it will be replayed with other values in the same memory.
-    """
-
-    def __init__(self, size: int = 4) -> None:
-        self._size = size
-        self._entries: OrderedDict[Any, _Kept] = OrderedDict()
-        self._captured: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._lock = threading.Lock()
-
-    def get(
-        self,
-        settings: Any,
-        layout: Any,
-        build: Callable[[], tuple[Tensor, Tensor]],
-        tensors: tuple[Tensor, ...] = (),
-        place: tuple[str, int] = ("", 0),
-        *,
-        in_order: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """The basis of these positions, new or kept.
-
-        Args:
-            settings: what belongs to the model; one basis is kept for each.
-            layout: what else decides the positions, hashable.
-            build: makes the basis.
-            tensors: those that the positions come from.
-            place: stack and number of the layer.
-            in_order: do not rely on the count of writes to ``tensors``.
-        """
-        capturing = _is_capturing()
-        in_order = bool(tensors) and (in_order or any(t.is_inference() for t in tensors))
-        key = (layout, tuple(map(_memory, tensors)))
-        stream = None if capturing else _stream()  # a capture starts synchronized
-        with self._lock:
-            kept = self._entries.get(settings)
-            if kept is not None and kept.key[0] == key and not (capturing and tensors):
-                later = kept.place[0] == place[0] and kept.place[1] < place[1]
-                if (capturing or kept.key[1] == stream) and (later or not in_order):
-                    kept.place = place
-                    self._entries.move_to_end(settings)
-                    if capturing:
-                        self._captured[settings, key] = kept.basis
-                    return kept.basis
-        # A tensor made in inference mode could not be saved for backward by a later training step.
-        with torch.inference_mode(False), torch.no_grad():
-            basis = build()
-        for tensor in basis:
-            compat.keep_on_device(tensor)
-        if capturing:
-            return basis  # memory of a CUDA graph's private pool must not outlive the capture
-        with self._lock:
-            self._entries[settings] = _Kept((key, stream), tensors, place, basis)
-            self._entries.move_to_end(settings)
-            if len(self._entries) > self._size:
-                self._entries.popitem(last=False)
-        return basis
-
-
-def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    version = None if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _stream() -> int:
-    """The stream that computes; another one might read what is not made yet."""
-    return torch.cuda.current_stream().cuda_stream if _has_cuda() else 0
-
-
-@functools.cache
-def _has_cuda() -> bool:
-    return torch.version.cuda is not None and torch.cuda.is_available()
-
-
-def _is_capturing() -> bool:
-    return _has_cuda() and torch.cuda.is_current_stream_capturing()
-
-
-_BASIS_CACHE = _BasisCache()

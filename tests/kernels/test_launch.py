@@ -21,7 +21,8 @@ from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
 from megatron_fope.formula.geometry import Geometry, effective_coefficients
 from megatron_fope.kernels import backend as implementation
-from megatron_fope.kernels import launch, ops, tables
+from megatron_fope.kernels import cache, launch, ops
+from megatron_fope.kernels.cache import VersionedCache
 
 SMALL = {"tokens": 6, "batch": 1, "heads": 2, "kv_heads": 1, "head_dim": 24}
 
@@ -195,9 +196,9 @@ def test_choice_of_variant(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch) -> tables.TableCache:
-    fresh = tables.TableCache(size=2)
-    monkeypatch.setattr(launch, "_TABLES", fresh)
+def kept(monkeypatch: pytest.MonkeyPatch) -> VersionedCache:
+    fresh = VersionedCache(size=2)
+    monkeypatch.setattr(launch, "TABLES", fresh)
     return fresh
 
 
@@ -215,7 +216,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_tables_are_made_once(cache: tables.TableCache, built: list[int]) -> None:
+def test_tables_are_made_once(kept: VersionedCache, built: list[int]) -> None:
     inputs = Inputs(Case(**SMALL, learning=False))
     query, key, coefficients = inputs.leaves()
     for _ in range(3):  # layers that share their coefficients, each with its own views of them
@@ -226,10 +227,10 @@ def test_tables_are_made_once(cache: tables.TableCache, built: list[int]) -> Non
     del results, query, key
     inputs.basis = ()
     gc.collect()
-    assert len(cache) == 0  # tables go with the basis they belong to
+    assert len(kept) == 0  # tables go with the basis they belong to
 
 
-def test_tables_of_changed_tensors_are_made_again(cache: tables.TableCache, built: list[int]) -> None:
+def test_tables_of_changed_tensors_are_made_again(kept: VersionedCache, built: list[int]) -> None:
     inputs = Inputs(Case(**SMALL, learning=False))
     before = ops.rotate_triton(*arguments(inputs), variant="tables")[0]
     inputs.coefficients["sin_coef"].mul_(2)
@@ -241,20 +242,20 @@ def test_tables_of_changed_tensors_are_made_again(cache: tables.TableCache, buil
     other.basis, other.coefficients = inputs.basis, inputs.coefficients
     ops.rotate_triton(*arguments(other), variant="tables")
     assert len(built) == 4
-    assert len(cache) == 2
+    assert len(kept) == 2
 
 
-def test_tables_of_learning_coefficients_are_not_kept(cache: tables.TableCache, built: list[int]) -> None:
+def test_tables_of_learning_coefficients_are_not_kept(kept: VersionedCache, built: list[int]) -> None:
     """Optimizers write to parameters behind autograd's back."""
     inputs = Inputs(Case(**SMALL, learning=True))
     with torch.no_grad():
         before = ops.rotate_triton(*arguments(inputs), variant="tables")[0]
         inputs.coefficients["sin_coef"].data.mul_(2)
         after = ops.rotate_triton(*arguments(inputs), variant="tables")[0]
-    assert len(built) == 2 and len(cache) == 0 and not torch.equal(before, after)
+    assert len(built) == 2 and len(kept) == 0 and not torch.equal(before, after)
 
 
-def test_inference_mode(cache: tables.TableCache) -> None:
+def test_inference_mode(kept: VersionedCache) -> None:
     """Tensors of inference mode have no version; tables made there must serve a later training step."""
     inputs = Inputs(Case(**SMALL, learning=False))
     with torch.inference_mode():
@@ -263,7 +264,7 @@ def test_inference_mode(cache: tables.TableCache) -> None:
         ops.rotate_triton(
             inputs.query, inputs.key, *temporary, inputs.coefficients, inputs.config, variant="tables"
         )
-    assert len(cache) == 1
+    assert len(kept) == 1
     query, key, coefficients = inputs.leaves()
     results = ops.rotate_triton(query, key, *inputs.basis, coefficients, inputs.config, variant="tables")
     torch.autograd.backward(results, inputs.upstream)
@@ -271,23 +272,23 @@ def test_inference_mode(cache: tables.TableCache) -> None:
 
 
 def test_a_cuda_graph_pins_the_tables_it_reads(
-    cache: tables.TableCache, built: list[int], monkeypatch: pytest.MonkeyPatch
+    kept: VersionedCache, built: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def call(inputs: Inputs) -> None:
         ops.rotate_triton(*arguments(inputs), variant="tables")
 
-    kept, own = (Inputs(Case(**SMALL, learning=False)) for _ in range(2))
-    call(kept)
+    first, own = (Inputs(Case(**SMALL, learning=False)) for _ in range(2))
+    call(first)
     with monkeypatch.context() as capture:
-        capture.setattr(tables, "_is_capturing", lambda device: True)
-        call(kept)
+        capture.setattr(cache, "is_capturing", lambda: True)
+        call(first)
         call(own)  # made inside the graph: not for anybody else
-    assert len(built) == 2 and len(cache) == 1
+    assert len(built) == 2 and len(kept) == 1
     others = [Inputs(Case(**SMALL, learning=False)) for _ in range(4)]
     for other in others:
         call(other)
-    assert len(cache) == 3  # two recent ones and the graph's
-    call(kept)
+    assert len(kept) == 3  # two recent ones and the graph's
+    call(first)
     assert len(built) == 6
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("megatron.core")
 
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.kernels.cache import VersionedCache
 from megatron_fope.layers import embedding
 from megatron_fope.layers.embedding import FourierEmbedding
 
@@ -25,7 +26,7 @@ TOKENS, LAYERS = 6, 6
 @pytest.fixture(autouse=True)
 def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one whenever a basis is made; the cache is empty."""
-    monkeypatch.setattr(embedding, "_BASIS_CACHE", embedding._BasisCache())
+    monkeypatch.setattr(embedding, "BASES", VersionedCache())
     calls: list[int] = []
     real = functional.fourier_basis
     monkeypatch.setattr(functional, "fourier_basis", lambda *args: calls.append(1) or real(*args))
@@ -157,7 +158,7 @@ def test_inference_makes_one_basis_per_step(kind: type, mode: Any, built: list[i
             found = [rotate(module, **arguments) for module in modules]
             assert len(built) == before + 1, number
             for module, result in zip(modules, found, strict=True):
-                embedding._BASIS_CACHE = embedding._BasisCache()
+                embedding.BASES.clear()
                 assert torch.equal(result, rotate(module, **arguments)), number
 
 
@@ -168,7 +169,7 @@ def test_a_step_between_two_layers_is_noticed(kind: type) -> None:
     context = kind()
     rotate(first, **context.step(1))
     after = rotate(second, **context.step(2))
-    embedding._BASIS_CACHE = embedding._BasisCache()
+    embedding.BASES.clear()
     assert torch.equal(after, rotate(second, **context.step(2)))
 
 

@@ -6,6 +6,8 @@ its fake tensors have a device and no values.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fope import compat
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.kernels import cache
 from megatron_fope.layers import embedding, positions
 from megatron_fope.layers.embedding import FourierEmbedding
 
@@ -120,7 +123,7 @@ def values_are_checked_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "_BASIS_CACHE", embedding._BasisCache())
+    monkeypatch.setattr(embedding, "BASES", cache.VersionedCache())
 
 
 @pytest.mark.parametrize("learnable", [False, True])
@@ -191,14 +194,16 @@ def test_a_captured_graph_keeps_the_basis_that_it_reads(monkeypatch: pytest.Monk
     """However many other lengths come afterwards, their memory is not that of the graph."""
     fope = module("cpu")
     warm = saved_bases(fope)
-    monkeypatch.setattr(embedding, "_is_capturing", lambda: True)
+    monkeypatch.setattr(cache, "is_capturing", lambda: True)
     captured = saved_bases(fope)
     assert [t.data_ptr() for t in captured] == [t.data_ptr() for t in warm]
-    monkeypatch.setattr(embedding, "_is_capturing", lambda: False)
+    alive = [weakref.ref(t) for t in captured]
+    del warm, captured
+    monkeypatch.setattr(cache, "is_capturing", lambda: False)
     for length in range(1, 9):
         fope(*(t[:length] for t in queries_and_keys("cpu")))
-    kept = [t for pair in embedding._BASIS_CACHE._captured.values() for t in pair]
-    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in captured]
+    gc.collect()
+    assert all(ref() is not None for ref in alive)
 
 
 def test_a_graph_of_packed_documents_computes_its_positions_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +211,7 @@ def test_a_graph_of_packed_documents_computes_its_positions_itself(monkeypatch: 
     fope, arguments = module("cpu"), packed("cpu")
     warm = saved_bases(fope, **arguments)
     assert saved_bases(fope, **arguments)[0] is warm[0], "outside a capture, layers share it"
-    monkeypatch.setattr(embedding, "_is_capturing", lambda: True)
+    monkeypatch.setattr(cache, "is_capturing", lambda: True)
     captured = saved_bases(fope, **arguments)
     assert captured[0] is not warm[0] and torch.equal(captured[0], warm[0])
 

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 pytest.importorskip("megatron.core")
 
 from megatron_fope.formula.config import FoPEConfig
-from megatron_fope.kernels import launch, sharing, tables
+from megatron_fope.kernels import cache, launch
 from megatron_fope.layers import anneal, embedding
 from megatron_fope.layers.embedding import FourierEmbedding
 
@@ -47,8 +47,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "_BASIS_CACHE", embedding._BasisCache())
-    monkeypatch.setattr(launch, "_TABLES", tables.TableCache())
+    monkeypatch.setattr(embedding, "BASES", cache.VersionedCache())
+    monkeypatch.setattr(launch, "TABLES", cache.VersionedCache())
 
 
 def layer(number: int = 1, **settings: Any) -> FourierEmbedding:
@@ -97,10 +97,8 @@ def shared_layers(count: int = 4) -> list[FourierEmbedding]:
 
 
 def capture(monkeypatch: pytest.MonkeyPatch, capturing: bool) -> None:
-    """Pretend to be in a capture, in all places that ask; nothing may be read then."""
-    monkeypatch.setattr(tables, "_is_capturing", lambda device: capturing)
-    monkeypatch.setattr(embedding, "_is_capturing", lambda: capturing)
-    monkeypatch.setattr(sharing, "_is_capturing", lambda tensor: capturing)
+    """Pretend to be in a capture; nothing may be read then."""
+    monkeypatch.setattr(cache, "is_capturing", lambda: capturing)
 
 
 def test_graphs_of_all_layers_share_one_pair_of_tables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +115,7 @@ def test_graphs_of_all_layers_share_one_pair_of_tables(monkeypatch: pytest.Monke
             after = gradients(module, written=True)
             capture(monkeypatch, False)
             assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    assert len(built) == len(launch._TABLES) == 1
+    assert len(built) == len(launch.TABLES) == 1
     assert [gradients(m, written=False)[0].equal(e[0]) for m, e in zip(layers, expected, strict=True)]
     assert len(built) == 1, "afterwards they are read again, found equal, and the tables still serve"
 
@@ -154,7 +152,12 @@ def test_threads_share_tables_without_harm() -> None:
             for number in range(400):
                 bases = (torch.full((2, 3), number), torch.full((2, 3), number))
                 for _ in range(3):
-                    found = launch._TABLES.get(bases, coefficients, build=lambda bases=bases: bases)
+                    found = launch.TABLES.get(
+                        tuple(t.data_ptr() for t in bases),
+                        lambda bases=bases: bases,
+                        sources=coefficients,
+                        owners=bases,
+                    )
                     assert torch.equal(found[0], bases[0])
         except BaseException as error:
             failures.append(error)
@@ -165,4 +168,4 @@ def test_threads_share_tables_without_harm() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failures and len(launch._TABLES) <= 4
+    assert not failures and len(launch.TABLES) <= 4
