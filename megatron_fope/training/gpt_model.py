@@ -1,10 +1,9 @@
-"""Building Megatron's GPT model from its arguments, in the releases whose wheel has no builder for it."""
+"""The layers of a GPT model from Megatron's arguments, for releases whose wheel has no builder."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt import gpt_layer_specs as specs
 from megatron.core.transformer.spec_utils import import_module
 from megatron.training.arguments import core_transformer_config_from_args
@@ -105,30 +104,10 @@ def _mtp_spec(args: Any, config: Any, decoder_spec: Any, vp_stage: int | None) -
     return specs.get_gpt_mtp_block_spec(config, layer_spec, use_transformer_engine=use_te, vp_stage=vp_stage)
 
 
-def build_gpt_model(args: Any, config: Any, pg_collection: Any, **chunk: Any) -> GPTModel:
-    """Build one model chunk, where Megatron has no builder.
-
-    Args:
-        args: Megatron's arguments.
-        config: a ``TransformerConfig`` to use instead of the one from the arguments, or None.
-        pg_collection: process groups.
-        **chunk: ``pre_process``, ``post_process`` and ``vp_stage``.
-    """
-    config = config or transformer_config(args)
-    decoder_spec = _decoder_spec(args, config, chunk["vp_stage"])
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=decoder_spec,
-        mtp_block_spec=_mtp_spec(args, config, decoder_spec, chunk["vp_stage"]),
-        vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.max_position_embeddings,
-        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
-        parallel_output=True,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type,
-        rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
-        rope_scaling=args.use_rope_scaling,
-        pg_collection=pg_collection,
-        **chunk,
-    )
+def layer_specs(args: Any, config: Any, vp_stage: int | None) -> dict[str, Any]:
+    """The specs that ``GPTModel`` takes, by its arguments."""
+    decoder_spec = _decoder_spec(args, config, vp_stage)
+    return {
+        "transformer_layer_spec": decoder_spec,
+        "mtp_block_spec": _mtp_spec(args, config, decoder_spec, vp_stage),
+    }

@@ -1,4 +1,4 @@
-"""Building Megatron's hybrid model from its arguments: the layers that ``--hybrid-layer-pattern`` spells.
+"""The layers of Megatron's hybrid model from its arguments, as ``--hybrid-layer-pattern`` spells them.
 
 A hybrid stack's spec is a menu with one entry per symbol of the pattern: ``*`` attention, ``-`` MLP, ``E``
 experts, ``M`` Mamba, ``G`` linear attention. Megatron's own menu is of Transformer Engine layers;
@@ -19,18 +19,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_fope import compat
 from megatron_fope.common.errors import UserError
-from megatron_fope.training.gpt_model import transformer_config, uniform_layer_spec
+from megatron_fope.training.gpt_model import uniform_layer_spec
 
 _LIBRARIES = {"M": ("Mamba", "mamba_ssm"), "G": ("gated delta net", "fla")}
 """Symbols whose layers are kernels of another library, with what they are and the library's module."""
 
 
 def check_args(args: Any) -> None:
-    """Refuse layers whose library is missing, before Megatron stops in the middle of the model.
-
-    Raises:
-        UserError: naming the symbol and the library.
-    """
+    """Refuse layers whose library is missing, before Megatron stops in the middle of the model."""
     for symbol, (layer, library) in _LIBRARIES.items():
         if symbol in args.hybrid_layer_pattern and importlib.util.find_spec(library) is None:
             raise UserError(
@@ -111,34 +107,6 @@ def builder_config(args: Any, config: Any = None) -> Any | None:
     if description is not None and description.transformer.transformer_impl == "local":
         description.hybrid_stack_spec = stack_spec(args, description.transformer)
     return description
-
-
-def build_hybrid_model(args: Any, config: Any, pg_collection: Any, **chunk: Any) -> Any:
-    """Build one model chunk, where Megatron has no builder.
-
-    Args:
-        args: Megatron's arguments.
-        config: a ``TransformerConfig`` to use instead of the one from the arguments, or None.
-        pg_collection: process groups.
-        **chunk: ``pre_process``, ``post_process`` and ``vp_stage``.
-    """
-    config = config or transformer_config(args)
-    model_class, (spec_argument, *_) = compat.model_classes()[-1]
-    return model_class(
-        config=config,
-        **{spec_argument: stack_spec(args, config)},
-        vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.max_position_embeddings,
-        hybrid_layer_pattern=args.hybrid_layer_pattern,
-        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
-        parallel_output=True,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type,
-        rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
-        pg_collection=pg_collection,
-        **chunk,
-    )
 
 
 LOCAL_STACK = local_stack_spec()

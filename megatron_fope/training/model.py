@@ -84,12 +84,34 @@ def model_provider(
     print_rank_0(f"building {'hybrid' if is_hybrid(args) else 'GPT'} model ...")
     if pg_collection is None:
         pg_collection = ProcessGroupCollection.use_mpu_process_groups()
-    chunk = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
+    chunk: dict[str, Any] = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
     description = builder_config(args, config)
     if description is not None:
         return compat.build_model(description, pg_collection, **chunk)
-    build = hybrid_model.build_hybrid_model if is_hybrid(args) else gpt_model.build_gpt_model
-    return build(args, config, pg_collection, **chunk)
+    config = config or gpt_model.transformer_config(args)
+    own: dict[str, Any]
+    model_class, (spec, *_) = compat.model_classes()[-1 if is_hybrid(args) else 0]
+    if is_hybrid(args):
+        own = {
+            spec: hybrid_model.stack_spec(args, config),
+            "hybrid_layer_pattern": args.hybrid_layer_pattern,
+        }
+    else:
+        own = gpt_model.layer_specs(args, config, vp_stage) | {"rope_scaling": args.use_rope_scaling}
+    return model_class(
+        config=config,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        pg_collection=pg_collection,
+        **own,
+        **chunk,
+    )
 
 
 def embedding_ranks(pp_ranks: list[int]) -> list[int]:

@@ -232,7 +232,7 @@ def _megatrons_refusals() -> Iterator[None]:
 
 
 def _wrap_validate_yaml(original: Callable) -> Callable:
-    """``--yaml-cfg`` replaces all flags and has a validation of its own, which FoPE's checks do not know."""
+    """``--yaml-cfg`` replaces all flags and has its own validation, which knows nothing of FoPE's checks."""
 
     def validate_yaml(args: Any, *rest: Any, **kwargs: Any) -> Any:
         parts = (args, getattr(args, "language_model", None))
@@ -275,16 +275,14 @@ def _wrap_load_base_checkpoint(original: Callable) -> Callable:
     signature = inspect.signature(original)
 
     def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        options = dict(signature.bind(load_dir, args, *rest, **kwargs).arguments)
-        for name in list(options)[:2]:
-            del options[name]
+        given = signature.bind(load_dir, args, *rest, **kwargs).arguments
+        options = dict(list(given.items())[2:])
         with exit_on_user_error():
             result = load_base_checkpoint(original, load_dir, args, options)
         stored = result[0].get("args") if result[0] else None
         if stored is not None and getattr(args, "position_embedding_type", None) == FOPE:
-            stored.add_position_embedding = (
-                args.add_position_embedding
-            )  # what a start from RoPE has is another
+            # Megatron compares it, and a RoPE model's is another.
+            stored.add_position_embedding = args.add_position_embedding
         return result
 
     return _load_base_checkpoint
