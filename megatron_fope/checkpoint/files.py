@@ -18,12 +18,10 @@ _COEFFICIENT = re.compile(r"\.fope\.(sin|cos|fourier)_coef$")
 
 def read_legacy_args(folder: str | Path, step: int | str) -> Any | None:
     """The arguments that rank 0 stored with one iteration in the legacy format, or None if it stored none."""
-    import torch
-    from megatron.core.safe_globals import register_safe_globals
+    from megatron_fope.checkpoint import inert  # imports torch
 
-    register_safe_globals()
     file = min((Path(folder) / iteration_folder(step)).glob("mp_rank_00*/model_optim_rng.pt"))
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("args")
+    return inert.load(str(file), mapped=True).get("args")
 
 
 def tracked_iteration(folder: str | Path) -> int | str | None:
