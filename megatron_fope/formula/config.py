@@ -166,11 +166,6 @@ class FoPEConfig:
         config._check()
         return config
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> FoPEConfig:
-        """Rebuild a configuration from :meth:`to_dict`; fields added since then take their defaults."""
-        return cls.from_profile(**values)
-
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain scalars and strings, safe to store in a checkpoint."""
         return dataclasses.asdict(self)
@@ -201,46 +196,39 @@ class FoPEConfig:
         return ("sin_coef", "cos_coef") if self.separate_basis else ("fourier_coef",)
 
     def _check(self) -> None:
-        def require(ok: bool, flag: str, value: object, allowed: str) -> None:
+        def require(field: str, ok: bool, allowed: str) -> None:
             if not ok:
-                raise UserError(f"{flag} is {value!r}; allowed: {allowed}")
+                raise UserError(f"{flag(field)} is {getattr(self, field)!r}; allowed: {allowed}")
 
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name, value in dataclasses.asdict(self).items():
             finite = not isinstance(value, float) or abs(value) <= _LARGEST_FLOAT
-            require(finite, flag(field.name), value, "finite numbers that float32 can hold")
-        require(self.train_length >= 2, "--fope-train-length", self.train_length, "at least 2 tokens")
-        require(self.gain > 0, "--fope-gain", self.gain, "greater than 0")
-        require(self.rotary_base > 1, "--rotary-base", self.rotary_base, "greater than 1")
-        require(self.floor_ratio >= 0, "--fope-floor-ratio", self.floor_ratio, "0 or more")
-        require(self.anneal_iters >= 0, "--fope-anneal-iters", self.anneal_iters, "0 or more")
+            require(name, finite, "finite numbers that float32 can hold")
         for name, allowed in CHOICES.items():
-            require(getattr(self, name) in allowed, flag(name), getattr(self, name), ", ".join(allowed))
-        require(0 <= self.seed < 2**63, "--fope-seed", self.seed, "0 to 2^63 - 1")
-        require(
-            0 <= self.basis_dim <= WIDEST and self.basis_dim % 2 == 0,
-            "--fope-basis-dim",
-            self.basis_dim,
-            f"even numbers from 0 to {WIDEST}",
-        )
-        require(self.attention_scaling > 0, "--fope-attention-scaling", self.attention_scaling, "> 0")
+            require(name, getattr(self, name) in allowed, ", ".join(allowed))
+        require("train_length", self.train_length >= 2, "at least 2 tokens")
+        require("gain", self.gain > 0, "greater than 0")
+        require("rotary_base", self.rotary_base > 1, "greater than 1")
+        require("floor_ratio", self.floor_ratio >= 0, "0 or more")
+        require("anneal_iters", self.anneal_iters >= 0, "0 or more")
+        require("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1")
+        even = 0 <= self.basis_dim <= WIDEST and self.basis_dim % 2 == 0
+        require("basis_dim", even, f"even numbers from 0 to {WIDEST}")
+        require("attention_scaling", self.attention_scaling > 0, "> 0")
         if self.scaling in ("linear", "yarn", "llama3"):
-            require(self.scaling_factor >= 1, "--fope-scaling-factor", self.scaling_factor, "at least 1")
+            require("scaling_factor", self.scaling_factor >= 1, "at least 1")
         if self.scaling in ("pi", "yarn", "llama3"):
             require(
+                "original_length",
                 self.original_length >= 1,
-                "--fope-original-length",
-                self.original_length,
                 f"1 or more, the length before extension in tokens, with --fope-scaling {self.scaling}",
             )
         if self.scaling == "yarn":
-            fast, slow = self.yarn_beta_fast, self.yarn_beta_slow
-            require(slow > 0, "--fope-yarn-beta-slow", slow, "greater than 0")
-            require(
-                fast >= slow, "--fope-yarn-beta-fast", fast, f"at least the {slow:g} of --fope-yarn-beta-slow"
-            )
-            weight = self.yarn_extrapolation_factor
-            require(0 <= weight <= 1, "--fope-yarn-extrapolation-factor", weight, "numbers from 0 to 1")
+            slow = self.yarn_beta_slow
+            require("yarn_beta_slow", slow > 0, "greater than 0")
+            at_least = f"at least the {slow:g} of --fope-yarn-beta-slow"
+            require("yarn_beta_fast", self.yarn_beta_fast >= slow, at_least)
+            share = 0 <= self.yarn_extrapolation_factor <= 1
+            require("yarn_extrapolation_factor", share, "numbers from 0 to 1")
         if self.learnable and self.shared_layers:
             raise UserError(
                 "--fope-learnable is given with coefficients shared by all layers; use "

@@ -88,11 +88,6 @@ def frequency_mask(
     return inv_freq > floor if strict else inv_freq >= floor
 
 
-def interpolate_frequencies(inv_freq: Tensor, ratio: float) -> Tensor:
-    """Position interpolation: every frequency times ``ratio`` = original length / new length."""
-    return inv_freq * ratio
-
-
 def yarn_frequencies(
     inv_freq: Tensor,
     dim: int,
@@ -106,9 +101,9 @@ def yarn_frequencies(
 ) -> Tensor:
     """YaRN's by-parts interpolation: fast frequencies stay, slow ones are divided by ``scale``.
 
-    Only the frequencies; YaRN's attention temperature is a separate factor (see
-    :func:`yarn_attention_scaling`). ``inv_freq`` may be RoPE's list with some entries set to zero or cut
-    off at the end: position in the list decides.
+    Only the frequencies; YaRN's attention temperature, ``0.1 ln(scale) + 1``, is a separate factor.
+    ``inv_freq`` may be RoPE's list with some entries set to zero or cut off at the end: position in the
+    list decides.
 
     Args:
         inv_freq: ``[n]``, ``n <= dim / 2``.
@@ -135,11 +130,6 @@ def yarn_frequencies(
     ramp = ((index - low) / (high - low)).clamp(0, 1)
     keep = (1 - ramp) * extrapolation_factor
     return (inv_freq / scale) * (1 - keep) + inv_freq * keep
-
-
-def yarn_attention_scaling(scale: float) -> float:
-    """YaRN's temperature ``0.1 ln(scale) + 1``, multiplied into both cos and sin (XTuner, transformers)."""
-    return 1.0 if scale <= 1 else 0.1 * math.log(scale) + 1.0
 
 
 def llama3_frequencies(
@@ -383,7 +373,7 @@ def fourier_tables(
         cos_coef: same shape; the same tensor when both share one basis.
         half: channel pairs per head; pairs from ``D_out`` on get the padding.
         pad_sin: sin of a padded pair. The paper's author and every published implementation use 1 (with
-            cos 1: a fixed turn by 45 degrees and a factor sqrt 2); 0 leaves such a pair untouched.
+            cos 1: a fixed rotation by 45 degrees and a factor √2); 0 leaves such a pair untouched.
         pad_cos: cos of a padded pair.
         normalize: divide the coefficients by their column sums first.
         attention_scaling: multiplied into both tables, padding included (XTuner; 1 unless YaRN).

@@ -229,7 +229,7 @@ def _angle_dtype(config: FoPEConfig) -> torch.dtype:
 def _scaled(config: FoPEConfig, inv_freq: Tensor, dim: int) -> Tensor:
     match config.scaling:
         case "pi":
-            return functional.interpolate_frequencies(inv_freq, config.original_length / config.train_length)
+            return inv_freq * (config.original_length / config.train_length)
         case "linear":
             return inv_freq / config.scaling_factor
         case "yarn":

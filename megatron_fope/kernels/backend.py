@@ -178,8 +178,8 @@ def _self_check(
                 leaves = [query, key]
                 if case.config.learnable:
                     leaves += [value.requires_grad_() for value in coefficients.values()]
-                turned = way(query, key, *basis, coefficients, case.config, **options)
-                results.append((*turned, *torch.autograd.grad(turned, leaves, upstream)))
+                rotated = way(query, key, *basis, coefficients, case.config, **options)
+                results.append((*rotated, *torch.autograd.grad(rotated, leaves, upstream)))
             worst = max(itertools.starmap(_difference, zip(*results, strict=True)))
     except Exception as error:  # whatever a compiler or driver may say
         return f"a first try failed with {type(error).__name__}: {str(error).splitlines()[0]}"

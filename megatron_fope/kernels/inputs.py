@@ -20,15 +20,11 @@ def check_tensors(
     dtypes: tuple[torch.dtype, ...] = FLOATS,
     coef_dtypes: tuple[torch.dtype, ...] = (torch.float32,),
 ) -> None:
-    """Check devices, dtypes and shapes; nothing here waits for a GPU.
+    """Check devices, dtypes and shapes as :func:`megatron_fope.kernels.torch_rotary.rotate` describes them.
+
+    Nothing here waits for a GPU.
 
     Args:
-        query: ``[s, b, query heads, head_dim]``.
-        key: ``[s, b, KV heads, head_dim]``.
-        sin_basis: ``[s, D_in]``.
-        cos_basis: same shape.
-        sin_coef: ``[H, D_in, D_out]``, with one head or as many as ``key``.
-        cos_coef: same shape.
         dtypes: allowed for query and key.
         coef_dtypes: allowed for the coefficients.
 

@@ -42,28 +42,25 @@ def rotate_triton(
     config: FoPEConfig,
     variant: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`megatron_fope.kernels.torch_rotary.rotate` in one kernel.
+    """:func:`megatron_fope.kernels.torch_rotary.rotate` in one kernel; the same arguments and results.
+
+    Query and key are float32, bfloat16 or float16, with any strides but the last, which is 1; coefficients
+    are float32.
 
     Args:
-        query: ``[s, b, query heads, head_dim]`` float32, bfloat16 or float16; any strides but the last, which
-            is 1.
-        key: ``[s, b, KV heads, head_dim]``, same dtype.
-        sin_basis: ``[s, D_in]`` from :func:`megatron_fope.formula.functional.fourier_basis`.
-        cos_basis: same shape.
-        coefficients: ``{name: [KV heads, D_in, D_out]}`` (one head when heads share); float32.
-        config: the settings that the tables depend on.
         variant: one of :data:`VARIANTS`; None: :func:`choose_variant`.
-
-    Returns:
-        Rotated query and key: new contiguous tensors, differentiable with respect to query, key and
-        coefficients.
 
     Raises:
         UserError: the device cannot run the kernels.
         ValueError: arguments that do not fit together.
     """
     sin_coef, cos_coef = effective_coefficients(config, coefficients)
-    _check_tensors(query, key, sin_basis, cos_basis, sin_coef, cos_coef)
+    if not torch.compiler.is_compiling() and (reason := kernels.available(query.device)) is not None:
+        raise UserError(f"the Triton rotation cannot run: {reason}")
+    check_tensors(query, key, sin_basis, cos_basis, sin_coef, cos_coef)
+    for name, tensor in (("query", query), ("key", key)):
+        if tensor.stride(3) != 1:
+            raise ValueError(f"the last stride of {name} is {tensor.stride(3)}; allowed: 1")
     if variant is None:
         variant = choose_variant(config, sin_basis.size(0), *sin_coef.shape)
     elif variant not in VARIANTS:
@@ -97,22 +94,6 @@ def choose_variant(config: FoPEConfig, rows: int, heads: int, d_in: int, d_out: 
     if kept and not config.learnable and 2 * 4 * rows * heads * d_out <= TABLE_LIMIT:
         return "tables"
     return "fused"
-
-
-# Checks -------------------------------------------------------------------------------------------------
-
-
-def _check_tensors(
-    query: Tensor, key: Tensor, sin_basis: Tensor, cos_basis: Tensor, sin_coef: Tensor, cos_coef: Tensor
-) -> None:
-    if not torch.compiler.is_compiling():
-        reason = kernels.available(query.device)
-        if reason is not None:
-            raise UserError(f"the Triton rotation cannot run: {reason}")
-    check_tensors(query, key, sin_basis, cos_basis, sin_coef, cos_coef)
-    for name, tensor in (("query", query), ("key", key)):
-        if tensor.stride(3) != 1:
-            raise ValueError(f"the last stride of {name} is {tensor.stride(3)}; allowed: 1")
 
 
 # Autograd and operators ---------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ class _Rotate(torch.autograd.Function):
         ctx.save_for_backward(sin_basis, cos_basis, sin_coef, cos_coef, *((query, key) if learning else ()))
         ctx.padding = (pad_sin, pad_cos)
         series = _Series(sin_basis, cos_basis, sin_coef, cos_coef, pad_sin, pad_cos)
-        return _turn((query, key), series)
+        return _rotate_blocks((query, key), series)
 
     @staticmethod
     @once_differentiable
@@ -97,8 +97,8 @@ class _Rotate(torch.autograd.Function):
         grads = [g for g, wanted in zip((grad_query, grad_key), needed[:2], strict=True) if wanted]
         # The transpose of [[cos, -sin], [sin, cos]] is the same block with the other sign of sin.
         series = _Series(sin_basis, cos_basis, -sin_coef, cos_coef, -pad_sin, pad_cos)
-        turned = iter(_turn(tuple(grads), series)) if grads else iter(())
-        grad_inputs = [next(turned) if wanted else None for wanted in needed[:2]]
+        rotated = iter(_rotate_blocks(tuple(grads), series)) if grads else iter(())
+        grad_inputs = [next(rotated) if wanted else None for wanted in needed[:2]]
         grad_sin = grad_cos = None
         if inputs:
             grad_sin, grad_cos = _coefficient_gradients(inputs, (grad_query, grad_key), series)
@@ -120,19 +120,13 @@ class _Series:
     pad_sin: float
     pad_cos: float
 
-    def mixers(self, width: int) -> tuple[tuple[Tensor | None, Tensor], tuple[Tensor | None, Tensor]]:
-        """(constants, matrix) of sin and of cos, ``[H * width]`` and ``[D_in, H * width]``.
-
-        ``constants + basis @ matrix`` are the tables of ``width >= D_out`` pairs per head: pairs without a
-        series get a column of zeros and the padding as constant; without such pairs there are no constants.
-        """
-        return (
-            _mixer(self.sin_coef, width, self.pad_sin),
-            _mixer(self.cos_coef, width, self.pad_cos),
-        )
-
 
 def _mixer(coef: Tensor, width: int, pad: float) -> tuple[Tensor | None, Tensor]:
+    """(constants, matrix), ``[H * width]`` and ``[D_in, H * width]``.
+
+    ``constants + basis @ matrix`` are the tables of ``width >= D_out`` pairs per head: pairs without a series
+    get a column of zeros and the padding as constant; without such pairs there are no constants.
+    """
     groups, d_in, d_out = coef.shape
     matrix = coef.new_zeros(d_in, groups, width)
     matrix[..., :d_out] = coef.transpose(0, 1)
@@ -152,7 +146,7 @@ def _block_size(tensors: tuple[Tensor, ...]) -> int:
     return max(1, min(tensors[0].size(0), limit // per_token))
 
 
-def _turn(tensors: tuple[Tensor, ...], series: _Series) -> tuple[Tensor, ...]:
+def _rotate_blocks(tensors: tuple[Tensor, ...], series: _Series) -> tuple[Tensor, ...]:
     """Rotate ``[s, b, heads, head_dim]`` tensors (heads may differ) by the same series, without autograd.
 
     A block is copied to float32 as one contiguous piece, rotated there, and copied out as one piece, which
@@ -166,7 +160,8 @@ def _turn(tensors: tuple[Tensor, ...], series: _Series) -> tuple[Tensor, ...]:
     wide = series.sin_coef.dtype
     width = min(half, -(-d_out // _ROW) * _ROW)
     size = _block_size(tensors)
-    (sin_constants, sin_matrix), (cos_constants, cos_matrix) = series.mixers(width)
+    sin_constants, sin_matrix = _mixer(series.sin_coef, width, series.pad_sin)
+    cos_constants, cos_matrix = _mixer(series.cos_coef, width, series.pad_cos)
     tables = _empty_pair((size, groups * width), wide, outs[0].device)
     buffers = {t.shape[1:]: _empty_pair((size, *t.shape[1:]), wide, t.device) for t in tensors}
     bases = zip(series.sin_basis.split(size), series.cos_basis.split(size), strict=True)
@@ -184,7 +179,7 @@ def _turn(tensors: tuple[Tensor, ...], series: _Series) -> tuple[Tensor, ...]:
         functional.multiply(cos_basis, cos_matrix, add=cos_constants, out=cos)
         for x, out, (wide_in, wide_out), part in zip(block, out_block, work, parts, strict=True):
             wide_in.copy_(x)
-            part.turn(series.pad_sin, series.pad_cos)
+            part.rotate(series.pad_sin, series.pad_cos)
             out.copy_(wide_out)
     return outs
 
@@ -213,7 +208,7 @@ class _Parts:
             if width < pairs.size(-1):
                 self.padded += pairs[..., width:].unbind(-2)
 
-    def turn(self, pad_sin: float, pad_cos: float) -> None:
+    def rotate(self, pad_sin: float, pad_cos: float) -> None:
         """Write the rotated block."""
         first, second, out_first, out_second = self.series
         torch.mul(first, self.cos, out=out_first).addcmul_(second, self.sin, value=-1)

@@ -63,7 +63,7 @@ def test_coefficients_do_not_touch_the_global_generator() -> None:
 @pytest.mark.parametrize("profile", PROFILES)
 def test_round_trip_through_json(profile: str) -> None:
     config = FoPEConfig.from_profile(profile, train_length=333, gain=0.7, pad_value="0,1", scaling="linear")
-    again = FoPEConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    again = FoPEConfig.from_profile(**json.loads(json.dumps(config.to_dict())))
     assert again == config and not again.differences(config)
     assert hash(again) == hash(config)
 
