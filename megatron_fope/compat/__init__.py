@@ -7,15 +7,15 @@ deleted when the oldest of them is dropped:
 =============== ======================================================================================
 only for        helpers
 =============== ======================================================================================
-0.16            ``define_missing_latent_attention_library``, ``define_missing_router_kernel``,
-                ``require_built_in_training``; ``has_training_loop`` (its wheel)
+0.16            ``repair_models_without_transformer_engine``, ``require_built_in_training``;
+                ``has_training_loop`` (its wheel)
 up to 0.17      ``count_document_tokens``, ``has_mtp_layers``, ``hybrid_stack_classes``,
                 ``hybrid_stack_module``, ``hybrid_stack_spec``, ``initialize_megatron``,
                 ``known_attributes``, ``model_classes``, ``modules_that_import``,
                 ``null_tokenizer_flags``, ``reads_packed_batches``, ``token_positions``
-up to 0.18      ``gpt_builder_config``, ``hybrid_builder_config``, ``keep_on_device``, ``known_fields``,
-                ``known_parameters``, ``read_batch``, ``rope_arguments``,
-                ``run_pretraining``, ``slice_batch_for_context_parallelism``, ``yarn_settings``
+up to 0.18      ``builder_config``, ``keep_on_device``, ``known_fields``, ``known_parameters``,
+                ``read_batch``, ``rope_arguments``, ``run_pretraining``,
+                ``slice_batch_for_context_parallelism``, ``yarn_settings``
 0.19            ``repair_help_texts``
 all so far      ``repair_checkpoint_metadata_reader``, ``prepare_dataset_helpers``,
                 ``survives_offloading``
@@ -24,15 +24,9 @@ all so far      ``repair_checkpoint_metadata_reader``, ``prepare_dataset_helpers
 
 from __future__ import annotations
 
-from megatron_fope.compat.arguments import (
-    modules_that_import,
-    null_tokenizer_flags,
-    repair_help_texts,
-)
+from megatron_fope.compat.arguments import modules_that_import, null_tokenizer_flags, repair_help_texts
 from megatron_fope.compat.backends import chosen_libraries
-from megatron_fope.compat.checkpoints import (
-    repair_checkpoint_metadata_reader,
-)
+from megatron_fope.compat.checkpoints import repair_checkpoint_metadata_reader
 from megatron_fope.compat.data import (
     count_document_tokens,
     prepare_dataset_helpers,
@@ -40,39 +34,23 @@ from megatron_fope.compat.data import (
     reads_packed_batches,
     slice_batch_for_context_parallelism,
 )
-from megatron_fope.compat.inference import (
-    token_positions,
-)
-from megatron_fope.compat.memory import (
-    theoretical_memory,
-)
+from megatron_fope.compat.inference import token_positions
+from megatron_fope.compat.memory import theoretical_memory
 from megatron_fope.compat.models import (
     build_model,
-    define_missing_latent_attention_library,
-    define_missing_router_kernel,
-    gpt_builder_config,
+    builder_config,
     has_mtp_layers,
-    hybrid_builder_config,
     hybrid_stack_classes,
     hybrid_stack_module,
     hybrid_stack_spec,
     model_classes,
+    repair_models_without_transformer_engine,
     rope_arguments,
     yarn_settings,
 )
-from megatron_fope.compat.offloading import (
-    keep_on_device,
-    survives_offloading,
-)
-from megatron_fope.compat.signatures import (
-    known_attributes,
-    known_fields,
-    known_parameters,
-)
-from megatron_fope.compat.training import (
-    initialize_megatron,
-    run_pretraining,
-)
+from megatron_fope.compat.offloading import keep_on_device, survives_offloading
+from megatron_fope.compat.signatures import known_attributes, known_fields, known_parameters
+from megatron_fope.compat.training import initialize_megatron, run_pretraining
 from megatron_fope.compat.versions import (
     SUPPORTED_CHECKOUTS,
     SUPPORTED_MEGATRON,
@@ -82,44 +60,3 @@ from megatron_fope.compat.versions import (
     require_megatron_core,
     require_supported_megatron,
 )
-
-__all__ = [
-    "SUPPORTED_CHECKOUTS",
-    "SUPPORTED_MEGATRON",
-    "build_model",
-    "chosen_libraries",
-    "count_document_tokens",
-    "define_missing_latent_attention_library",
-    "define_missing_router_kernel",
-    "gpt_builder_config",
-    "has_mtp_layers",
-    "has_training_loop",
-    "hybrid_builder_config",
-    "hybrid_stack_classes",
-    "hybrid_stack_module",
-    "hybrid_stack_spec",
-    "initialize_megatron",
-    "keep_on_device",
-    "known_attributes",
-    "known_fields",
-    "known_parameters",
-    "megatron_version",
-    "model_classes",
-    "modules_that_import",
-    "null_tokenizer_flags",
-    "prepare_dataset_helpers",
-    "read_batch",
-    "reads_packed_batches",
-    "repair_checkpoint_metadata_reader",
-    "repair_help_texts",
-    "require_built_in_training",
-    "require_megatron_core",
-    "require_supported_megatron",
-    "rope_arguments",
-    "run_pretraining",
-    "slice_batch_for_context_parallelism",
-    "survives_offloading",
-    "theoretical_memory",
-    "token_positions",
-    "yarn_settings",
-]

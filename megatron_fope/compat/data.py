@@ -28,11 +28,7 @@ def prepare_dataset_helpers() -> None:
 
     folder = Path(dataset_utils.__file__).parent
     if not (folder / "Makefile").exists():
-
-        def nothing_to_compile() -> None:
-            pass
-
-        dataset_utils.compile_helpers = nothing_to_compile
+        dataset_utils.compile_helpers = lambda: None
         return
 
     suffix = sysconfig.get_config_var("EXT_SUFFIX")

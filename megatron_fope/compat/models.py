@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
 import inspect
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -47,35 +49,24 @@ def build_model(description: Any, pg_collection: Any, **chunk: Any) -> Any:
     """Build a model chunk with Megatron's own builder (0.19 and later).
 
     Args:
-        description: as from :func:`gpt_builder_config` or :func:`hybrid_builder_config`.
+        description: as from :func:`builder_config`.
         pg_collection: process groups.
         chunk: ``pre_process``, ``post_process`` and ``vp_stage``.
     """
     return description.get_builder_cls()(description).build_model(pg_collection, **chunk)
 
 
-def gpt_builder_config(args: Any, config: Any = None) -> Any | None:
-    """Megatron's own description of a GPT model, which its builder turns into the model.
+def builder_config(args: Any, config: Any = None, *, hybrid: bool = False) -> Any | None:
+    """Megatron's own description of a GPT or hybrid model, which its builder turns into the model.
 
-    0.19 and later; earlier releases have no such thing in the wheel (None).
+    None before 0.19: 0.17 has none, 0.18 has that of a hybrid model, but trains from a model provider.
     """
-    try:
-        from megatron.training.argument_utils import gpt_config_from_args
-    except ImportError:
+    from megatron.training import argument_utils
+
+    if not hasattr(argument_utils, "gpt_config_from_args"):
         return None
-    return gpt_config_from_args(args, config)
-
-
-def hybrid_builder_config(args: Any, config: Any = None) -> Any | None:
-    """Megatron's own description of a hybrid model.
-
-    None before 0.19; 0.18 has one, but trains from a model provider like 0.17.
-    """
-    try:
-        from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args  # noqa: F401
-    except ImportError:
-        return None
-    return hybrid_config_from_args(args, config)
+    describe = argument_utils.hybrid_config_from_args if hybrid else argument_utils.gpt_config_from_args
+    return describe(args, config)
 
 
 def rope_arguments(args: Any, *, hybrid: bool) -> dict[str, Any]:
@@ -90,7 +81,7 @@ def rope_arguments(args: Any, *, hybrid: bool) -> dict[str, Any]:
     part = SimpleNamespace(transformer_impl="local")  # all of the layers' configuration that is looked at
     args = copy.copy(args)
     args.spec = None
-    description = (hybrid_builder_config if hybrid else gpt_builder_config)(args, part)
+    description = builder_config(args, part, hybrid=hybrid)
     if description is not None:
         return vars(description)
     passed = {"rotary_percent": args.rotary_percent, "rotary_base": args.rotary_base}
@@ -117,34 +108,27 @@ def yarn_settings(args: Any) -> dict[str, Any] | None:
     return values
 
 
-def hybrid_stack_spec() -> Any | None:
-    """Megatron's own spec of an attention/Mamba stack; None where its parts are not installed.
+def hybrid_stack_spec() -> Any:
+    """Megatron's own spec of an attention/Mamba stack.
 
     0.17: ``mamba_stack_spec``; 0.18 and later: ``hybrid_stack_spec``.
     """
     try:
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as spec
     except ImportError:
-        try:
-            from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec as spec
-        except ImportError:
-            return None
+        from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec as spec
     return spec
 
 
-def hybrid_stack_module() -> ModuleType | None:
+def hybrid_stack_module() -> Any | None:
     """The module of the attention/Mamba stack; None where its parts are not installed.
 
     0.17: ``megatron.core.ssm.mamba_block``; 0.18 and later: ``megatron.core.models.hybrid.hybrid_block``.
     """
-    try:
-        from megatron.core.models.hybrid import hybrid_block as module
-    except ImportError:
-        try:
-            from megatron.core.ssm import mamba_block as module
-        except ImportError:
-            return None
-    return module
+    for name in ("megatron.core.models.hybrid.hybrid_block", "megatron.core.ssm.mamba_block"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    return None
 
 
 def hybrid_stack_classes() -> tuple[type, ...]:
@@ -157,25 +141,16 @@ def hybrid_stack_classes() -> tuple[type, ...]:
     return (stack,) if stack is not None else ()
 
 
-def define_missing_router_kernel() -> None:
-    """Let a mixture of experts run without Transformer Engine in 0.16.
+def repair_models_without_transformer_engine() -> None:
+    """Let experts and multi-latent attention be built without Transformer Engine in 0.16.
 
-    Its router asks whether ``te_general_gemm`` is None, but only defines the name where Transformer Engine is
-    installed; 0.17 and later define it.
-    """
-    from megatron.core.transformer.moe import moe_utils
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-
-
-def define_missing_latent_attention_library() -> None:
-    """Let multi-latent attention be built without Transformer Engine in 0.16.
-
-    It takes Transformer Engine for installed when Megatron's wrapper of it can be imported, whose classes are
-    mocks where it is not; 0.17 and later ask the wrapper.
+    The router of the experts asks whether ``te_general_gemm`` is None, but only defines the name where
+    Transformer Engine is installed. Multi-latent attention takes Transformer Engine for installed when
+    Megatron's wrapper of it can be imported, whose classes are mocks where it is not.
     """
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
 
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
     multi_latent_attention.HAVE_TE = HAVE_TE

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
+
 from megatron_fope.common.errors import UserError
 from megatron_fope.cpu.environment import prepare_environment
 
@@ -75,18 +78,11 @@ def _given(argv: list[str]) -> dict[str, list[str | None]]:
 
     Megatron's parser takes no abbreviations, so a literal comparison of names is enough.
     """
-    given: dict[str, list[str | None]] = {}
-    for position, word in enumerate(argv):
-        if not word.startswith("--"):
-            continue
-        flag, equals, value = word.partition("=")
-        if equals:
-            given.setdefault(flag, []).append(value)
-            continue
-        following = argv[position + 1] if position + 1 < len(argv) else None
-        given.setdefault(flag, []).append(
-            None if following is None or following.startswith("--") else following
-        )
+    given: dict[str, list[str | None]] = defaultdict(list)
+    for word, following in itertools.pairwise([*argv, "--"]):
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            given[flag].append(value if equals else None if following.startswith("--") else following)
     return given
 
 

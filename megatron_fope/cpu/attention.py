@@ -23,16 +23,8 @@ from megatron_fope.common.errors import UserError
 def zigzag_positions(num_tokens: int, cp_size: int, cp_rank: int) -> torch.Tensor:
     """Positions in the full sequence of the tokens that a context-parallel rank holds.
 
-    The sequence is cut into ``2 * cp_size`` chunks and rank ``r`` holds chunks ``r`` and
-    ``2 * cp_size - 1 - r``, which balances the work under a causal mask.
-
-    Args:
-        num_tokens: length ``T`` of the full sequence.
-        cp_size: size of the context-parallel group.
-        cp_rank: rank in that group.
-
-    Returns:
-        int64 positions, shape ``[T / cp_size]``.
+    The sequence of ``T`` tokens is cut into ``2 * cp_size`` chunks and rank ``r`` holds chunks ``r`` and
+    ``2 * cp_size - 1 - r``, which balances the work under a causal mask: int64, shape ``[T / cp_size]``.
 
     Raises:
         UserError: the sequence cannot be cut evenly.
@@ -52,21 +44,10 @@ def zigzag_positions(num_tokens: int, cp_size: int, cp_rank: int) -> torch.Tenso
 def packed_zigzag_positions(cu_seqlens: torch.Tensor, cp_size: int, cp_rank: int) -> torch.Tensor:
     """As :func:`zigzag_positions`, with every document of a pack cut on its own.
 
-    Args:
-        cu_seqlens: integer boundaries of the (padded) documents, shape ``[num_documents + 1]``.
-        cp_size: size of the context-parallel group.
-        cp_rank: rank in that group.
-
-    Returns:
-        int64 positions in the pack, shape ``[T / cp_size]``.
+    ``cu_seqlens`` holds the boundaries of the (padded) documents, shape ``[num_documents + 1]``.
     """
-    boundaries = cu_seqlens.tolist()
-    return torch.cat(
-        [
-            start + zigzag_positions(end - start, cp_size, cp_rank)
-            for start, end in itertools.pairwise(boundaries)
-        ]
-    )
+    documents = itertools.pairwise(cu_seqlens.tolist())
+    return torch.cat([start + zigzag_positions(end - start, cp_size, cp_rank) for start, end in documents])
 
 
 def thd_get_partitioned_indices(
@@ -84,17 +65,14 @@ def attention_mask(
     window: tuple[int, int] | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Which keys each query may not see.
+    """Which keys, in natural order, each query may not see: bool, True where hidden, ``[1, 1, S, T]``.
 
     Args:
         query_positions: int64 positions of the local queries in the full sequence, shape ``[S]``.
-        num_keys: number ``T`` of keys, in natural order.
+        num_keys: ``T``.
         causal: hide later keys.
         window: keys visible to the left and to the right, as in ``--window-size``.
-        cu_seqlens: boundaries of documents that must not see each other, shape ``[num_documents + 1]``.
-
-    Returns:
-        bool mask, True where hidden, shape ``[1, 1, S, T]``.
+        cu_seqlens: boundaries of documents that must not see each other.
     """
     key_positions = torch.arange(num_keys)
     distance = query_positions[:, None] - key_positions[None, :]
@@ -136,10 +114,8 @@ def _gather_keys_and_values(
     key = gather_from_sequence_parallel_region(key, group=group)
     value = gather_from_sequence_parallel_region(value, group=group)
     num_keys, cp_size = key.size(0), group.size()
-    if cu_seqlens is None:
-        held = [zigzag_positions(num_keys, cp_size, rank) for rank in range(cp_size)]
-    else:
-        held = [packed_zigzag_positions(cu_seqlens, cp_size, rank) for rank in range(cp_size)]
+    documents = torch.tensor([0, num_keys]) if cu_seqlens is None else cu_seqlens
+    held = [packed_zigzag_positions(documents, cp_size, rank) for rank in range(cp_size)]
     order = torch.cat(held)
     if order.numel() != num_keys:
         raise UserError(
@@ -162,11 +138,9 @@ def general_attention(
 
     Args:
         module: the ``DotProductAttention`` whose scale, softmax and dropout are used.
-        query: shape ``[S, B, H, D]``, or ``[S, H, D]`` when packed.
-        key: shape ``[S, B, G, D]``, or ``[S, G, D]`` when packed.
-        value: as ``key``.
-        mask: optional bool mask, True where hidden, broadcastable to ``[B, H, S, T]``; ignored when packed,
-            as Transformer Engine does.
+        query: ``[S, B, H, D]``, or ``[S, H, D]`` when packed; ``key`` and ``value`` alike with ``G`` groups.
+        mask: True where hidden, broadcastable to ``[B, H, S, T]``; ignored when packed, as Transformer
+            Engine does.
         packed_seq_params: Megatron's ``PackedSeqParams`` or None.
 
     Returns:
@@ -256,15 +230,7 @@ def install() -> None:
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
         if packed_seq_params is None and self.config.context_parallel_size == 1:
-            return original_forward(
-                self,
-                query,
-                key,
-                value,
-                attention_mask,
-                attn_mask_type=attn_mask_type,
-                attention_bias=attention_bias,
-            )
+            return original_forward(self, query, key, value, attention_mask, attn_mask_type, attention_bias)
         assert attention_bias is None, "Attention bias is not supported for DotProductAttention."
         return general_attention(self, query, key, value, attention_mask, packed_seq_params)
 

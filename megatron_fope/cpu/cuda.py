@@ -24,8 +24,6 @@ CPU = torch.device("cpu")
 
 _NUMBER_TYPES = ("Float", "Double", "Half", "BFloat16", "Byte", "Char", "Short", "Int", "Long", "Bool")
 
-_active_mode: CudaAsCpu | None = None
-
 
 def _names_cuda(device: object) -> bool:
     """Whether a ``device`` argument means a GPU: a string, a ``torch.device`` or a bare index."""
@@ -59,6 +57,15 @@ class CudaAsCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """For calls with an effect on a GPU only."""
+
+
+def _zero(*args: Any, **kwargs: Any) -> int:
+    """For counters of GPU memory."""
+    return 0
+
+
 class NoStream:
     """Stands for ``torch.cuda.Stream`` and ``torch.cuda.Event``: CPU work is already in order.
 
@@ -74,23 +81,12 @@ class NoStream:
     def __enter__(self) -> NoStream:
         return self
 
-    def __exit__(self, *exception: object) -> bool:
-        return False
+    def __exit__(self, *exception: object) -> None:
+        pass
 
-    def wait_stream(self, stream: object) -> None:
-        """Nothing to wait for."""
-
-    def wait_event(self, event: object) -> None:
-        """Nothing to wait for."""
-
-    def wait(self, stream: object = None) -> None:
-        """Nothing to wait for."""
-
-    def record(self, stream: object = None) -> None:
-        """Nothing to record."""
-
-    def synchronize(self) -> None:
-        """Everything before this call is done."""
+    wait_stream = wait_event = wait = record = synchronize = _nothing
+    elapsed_time = _zero
+    """Unknown, and only reported."""
 
     def record_event(self, event: NoStream | None = None) -> NoStream:
         """An event that has already happened."""
@@ -99,19 +95,6 @@ class NoStream:
     def query(self) -> bool:
         """Everything before this call is done."""
         return True
-
-    def elapsed_time(self, end: object) -> float:
-        """Unknown, and only reported."""
-        return 0.0
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """For calls with an effect on a GPU only."""
-
-
-def _zero(*args: Any, **kwargs: Any) -> int:
-    """For counters of GPU memory."""
-    return 0
 
 
 def _no_stream(*args: Any, **kwargs: Any) -> NoStream:
@@ -127,19 +110,14 @@ def _properties(*args: Any, **kwargs: Any) -> SimpleNamespace:
     return SimpleNamespace(name="cpu", major=9, minor=0, total_memory=0, multi_processor_count=1)
 
 
-def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
     """The CPU generator's state: on the CPU, it is the one that dropout draws from."""
     return torch.get_rng_state()
 
 
-def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+def set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     """Set the CPU generator's state; without it, all tensor-parallel ranks would drop out alike."""
-    torch.set_rng_state(state)
-
-
-def _seed(seed: int) -> None:
-    """Seed the CPU generator, as Megatron seeds the GPU's per tensor-parallel rank."""
-    torch.manual_seed(int(seed))
+    torch.set_rng_state(new_state)
 
 
 def _cuda_stand_ins() -> dict[str, Any]:
@@ -165,10 +143,10 @@ def _cuda_stand_ins() -> dict[str, Any]:
         "set_stream": _nothing,
         "stream": lambda stream: contextlib.nullcontext(),
         "is_current_stream_capturing": lambda: False,
-        # Random numbers.
-        "get_rng_state": _get_rng_state,
-        "set_rng_state": _set_rng_state,
-        "manual_seed": _seed,
+        # Random numbers; Megatron seeds the GPU's generator per tensor-parallel rank.
+        "get_rng_state": get_rng_state,
+        "set_rng_state": set_rng_state,
+        "manual_seed": lambda seed: torch.manual_seed(int(seed)),
         # torch.manual_seed calls this one, so it must not seed again.
         "manual_seed_all": _nothing,
         # Memory reports.
@@ -217,54 +195,49 @@ def _replace_tensor_methods() -> None:
     def itself(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self
 
-    torch.Tensor.type = tensor_type
+    setattr(torch.Tensor, "type", tensor_type)  # noqa: B010 (its type is that of all overloads)
     torch.Tensor.cuda = itself
     torch.Tensor.pin_memory = itself
     torch.nn.Module.cuda = itself
 
 
-def _drop_device_of_process_group() -> None:
-    """Keep ``torch.distributed`` off the GPU: Megatron binds the default group to ``cuda:<local rank>``."""
-    original = torch.distributed.init_process_group
+def _distribute_on_cpu() -> None:
+    """Keep ``torch.distributed`` off the GPU.
+
+    Megatron binds the default group to ``cuda:<local rank>``, and names ``cuda`` for the mesh from which FSDP
+    takes its device.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+
+    original, from_group = torch.distributed.init_process_group, DeviceMesh.from_group
 
     def init_process_group(*args: Any, **kwargs: Any) -> None:
         kwargs.pop("device_id", None)
         original(*args, **kwargs)
 
-    torch.distributed.init_process_group = init_process_group
-
-
-def _make_meshes_of_the_cpu() -> None:
-    """FSDP takes its device from a mesh, for which Megatron names ``cuda``."""
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from_group = DeviceMesh.from_group
-
     def from_group_on_cpu(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
         return from_group(group, "cpu" if _names_cuda(device_type) else device_type, *args, **kwargs)
 
+    torch.distributed.init_process_group = init_process_group
     DeviceMesh.from_group = staticmethod(from_group_on_cpu)
 
 
 def install() -> None:
     """Replace ``torch.cuda`` for this process and enter the mode for this thread. Call it once."""
-    global _active_mode
     # Libraries that bypass torch (and child processes) must not find a GPU either.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for name, stand_in in _cuda_stand_ins().items():
         setattr(torch.cuda, name, stand_in if isinstance(stand_in, type) else _own(stand_in))
-    torch.cuda.random.get_rng_state = _get_rng_state
-    torch.cuda.random.set_rng_state = _set_rng_state
+    torch.cuda.random.get_rng_state = get_rng_state
+    torch.cuda.random.set_rng_state = set_rng_state
     torch.cuda.nvtx.range_push = _own(_nothing)
     torch.cuda.nvtx.range_pop = _own(_nothing)
     _replace_tensor_methods()
-    _drop_device_of_process_group()
-    _make_meshes_of_the_cpu()
-    _active_mode = CudaAsCpu()
-    _active_mode.__enter__()
+    _distribute_on_cpu()
+    CudaAsCpu().__enter__()
 
 
-def with_active_mode(function: Callable) -> Callable:
+def with_cuda_as_cpu(function: Callable) -> Callable:
     """Run a function under the rewriting of devices.
 
     Autograd calls backward functions without any mode, and recomputation runs whole forward passes there.

@@ -10,11 +10,6 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def default_num_threads() -> int:
-    """An equal share of the cores this process may use, at least one."""
-    return max(1, len(os.sched_getaffinity(0)) // local_world_size())
-
-
 def prepare_environment(*, fully_sharded: bool = False) -> None:
     """Set what the user has not set.
 
@@ -28,4 +23,5 @@ def prepare_environment(*, fully_sharded: bool = False) -> None:
     if fully_sharded and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1") == "1":
         os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", str(default_num_threads()))
+    share = len(os.sched_getaffinity(0)) // local_world_size()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))

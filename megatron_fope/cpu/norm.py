@@ -9,22 +9,7 @@ import torch
 
 
 def install() -> None:
-    """Let ``WrappedTorchNorm`` do all norms."""
-    _allow_sequence_parallelism()
-    _end_hybrid_stacks()
-
-
-def _end_hybrid_stacks() -> None:
-    """Give hybrid stacks a final norm: Transformer Engine's is named in the code and not in the spec."""
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    from megatron_fope import compat
-
-    compat.hybrid_stack_module().TENorm = WrappedTorchNorm
-
-
-def _allow_sequence_parallelism() -> None:
-    """Let ``WrappedTorchNorm`` be built under ``--sequence-parallel``.
+    """Let ``WrappedTorchNorm`` do all norms, also under ``--sequence-parallel``.
 
     It refuses only because it does not mark its parameters: each tensor-parallel rank normalises its
     part of the sequence, so the gradients of weight and bias must be summed over the ranks, which
@@ -33,6 +18,11 @@ def _allow_sequence_parallelism() -> None:
     """
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
+    from megatron_fope import compat
+
+    # A hybrid stack's final norm is named in the code and not in the spec.
+    if (hybrid_stack := compat.hybrid_stack_module()) is not None:
+        hybrid_stack.TENorm = WrappedTorchNorm
     original = WrappedTorchNorm.__new__
 
     def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:

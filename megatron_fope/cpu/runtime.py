@@ -37,20 +37,17 @@ def enable() -> None:
 
     import torch
 
+    from megatron_fope import compat
     from megatron_fope.cpu import cuda
 
     # OpenMP read the environment when torch was loaded, which may have been before.
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    _compile_nothing()
+    # Megatron compiles small functions. On a CPU that takes minutes and a C++ compiler, and the compiler does
+    # not know the rewriting of devices.
+    torch.compiler.set_stance("force_eager")
     cuda.install()
     _patch_megatron()
-    logger.info("CPU runtime enabled: torch.cuda is replaced, Megatron %s", _megatron_version())
-
-
-def _megatron_version() -> str:
-    from megatron_fope import compat
-
-    return str(compat.megatron_version())
+    logger.info("CPU runtime enabled: torch.cuda is replaced, Megatron %s", compat.megatron_version())
 
 
 def _hide_cuda_libraries() -> None:
@@ -64,17 +61,6 @@ def _hide_cuda_libraries() -> None:
             logger.warning("%s was imported before the CPU runtime was enabled; it may need CUDA", name)
         else:
             sys.modules[name] = None  # type: ignore[assignment]
-
-
-def _compile_nothing() -> None:
-    """Run functions under ``torch.compile`` eagerly.
-
-    Megatron decorates small functions with it. A CPU would compile for minutes, needs a C++ compiler, and
-    the compiler does not know the rewriting of devices.
-    """
-    import torch
-
-    torch.compiler.set_stance("force_eager")
 
 
 def _patch_megatron() -> None:
@@ -95,8 +81,7 @@ def _patch_megatron() -> None:
     saving.install()
     compat.prepare_dataset_helpers()
     compat.repair_checkpoint_metadata_reader()
-    compat.define_missing_router_kernel()
-    compat.define_missing_latent_attention_library()
+    compat.repair_models_without_transformer_engine()
 
 
 def _use_cpu_generator() -> None:
@@ -107,16 +92,11 @@ def _use_cpu_generator() -> None:
     tensor-parallel ranks.
     """
     import megatron.core.tensor_parallel.random as random
-    import torch
 
-    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.get_rng_state()
+    from megatron_fope.cpu import cuda
 
-    def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        torch.set_rng_state(state)
-
-    random._get_cuda_rng_state = get_state
-    random._set_cuda_rng_state = set_state
+    random._get_cuda_rng_state = cuda.get_rng_state
+    random._set_cuda_rng_state = cuda.set_rng_state
 
 
 def _start_data_loaders_without_randomness() -> None:
@@ -138,29 +118,21 @@ def _start_data_loaders_without_randomness() -> None:
 
 
 def _recompute_on_cpu() -> None:
-    """Keep the rewriting of devices while activations are recomputed during the backward pass.
+    """Recompute activations on the CPU, also those of ``--recompute-modules`` whose output is dropped.
 
-    Without it a recomputed layer that makes its own causal mask asks for CUDA.
-    """
-    import megatron.core.tensor_parallel.random as random
-
-    from megatron_fope.cpu.cuda import with_active_mode
-
-    checkpoint = random.CheckpointFunction
-    checkpoint.backward = staticmethod(with_active_mode(checkpoint.backward))
-    without_output = random.CheckpointWithoutOutput
-    without_output._recompute = with_active_mode(without_output._recompute)
-    _recompute_modules(random)
-
-
-def _recompute_modules(random: Any) -> None:
-    """Let ``--recompute-modules`` name modules whose output is dropped, such as ``layernorm``.
-
+    A recomputed layer that makes its own causal mask asks for CUDA during the backward pass. For the modules,
     Megatron asks Transformer Engine whether FP8 is on, without which the names do not exist, and 0.19
     compiles C++ code that lets the dropped output and its recomputation share memory. Here the answer is no,
     and the memory is copied.
     """
+    import megatron.core.tensor_parallel.random as random
     import torch
+
+    from megatron_fope.cpu.cuda import with_cuda_as_cpu
+
+    checkpoint, without_output = random.CheckpointFunction, random.CheckpointWithoutOutput
+    checkpoint.backward = staticmethod(with_cuda_as_cpu(checkpoint.backward))
+    without_output._recompute = with_cuda_as_cpu(without_output._recompute)
 
     def share_storage(dropped: torch.Tensor, recomputed: torch.Tensor) -> None:
         source, target = recomputed.untyped_storage(), dropped.untyped_storage()
@@ -184,13 +156,10 @@ def _allow_no_cuda() -> None:
     """
     from megatron.training.initialize import initialize_megatron
 
-    optional = [
-        parameter
+    initialize_megatron.__defaults__ = tuple(
+        True if parameter.name == "allow_no_cuda" else parameter.default
         for parameter in inspect.signature(initialize_megatron).parameters.values()
         if parameter.default is not parameter.empty
-    ]
-    initialize_megatron.__defaults__ = tuple(
-        True if parameter.name == "allow_no_cuda" else parameter.default for parameter in optional
     )
 
 
@@ -202,10 +171,7 @@ def _skip_jit_warm_up() -> None:
     """
     import megatron.training.initialize as initialize
 
-    def no_warm_up(*args: Any, **kwargs: Any) -> None:
-        pass
-
-    initialize._warmup_jit_function = no_warm_up
+    initialize._warmup_jit_function = lambda **options: None
 
 
 def _move_split_sizes() -> None:

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-_write_loop: Callable | None = None
-"""Megatron's own loop of the process that writes."""
+_write_loop: Callable[..., None]
+"""Megatron's own loop of the process that writes; :func:`install` sets it."""
 
 
 def install() -> None:

@@ -103,7 +103,7 @@ def stack_spec(args: Any, config: Any) -> ModuleSpec:
 
 def builder_config(args: Any, config: Any = None) -> Any | None:
     """Megatron's own description of the model for its builder (0.19 and later; else None)."""
-    description = compat.hybrid_builder_config(args, config)
+    description = compat.builder_config(args, config, hybrid=True)
     if description is not None and description.transformer.transformer_impl == "local":
         description.hybrid_stack_spec = stack_spec(args, description.transformer)
     return description

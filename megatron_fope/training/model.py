@@ -54,7 +54,7 @@ def builder_config(args: Any, config: Any = None) -> Any | None:
     """
     if is_hybrid(args):
         return hybrid_model.builder_config(args, config)
-    return compat.gpt_builder_config(args, config)
+    return compat.builder_config(args, config)
 
 
 def model_provider(
