@@ -12,8 +12,8 @@ KERNEL_TESTS := tests/kernels/test_triton_rotary.py tests/kernels/test_launch.py
 BY_FILE := --dist loadfile --no-loadscope-reorder
 export PYTHON TORCH_INDEX_URL VENV NEWEST
 
-.PHONY: help setup demo extend docs test test-fast test-newest constraints layouts reshard bench bench-gpu test-gpu upstream-tests \
-	lint clean
+.PHONY: help setup demo extend docs test test-fast test-newest coverage constraints layouts reshard bench bench-gpu test-gpu \
+	upstream-tests lint clean
 
 help:
 	@echo "make demo   train a RoPE and a FoPE twin, evaluate both up to 16x the training length"
@@ -22,6 +22,7 @@ help:
 	@echo "make test   the whole test suite"
 	@echo "make test-fast  its part that starts no training (a few minutes)"
 	@echo "make test-newest  the same with the newest release of everything, in .venv-newest"
+	@echo "make coverage  the whole test suite, and what part of the package it runs, subprocesses included"
 	@echo "make constraints VENV=.venv-newest  after it: keep these versions for all other commands"
 	@echo "make layouts  real training in 87 parallel layouts, each against one rank (half an hour)"
 	@echo "make reshard  every layout's checkpoint loaded by every other (half an hour)"
@@ -30,7 +31,7 @@ help:
 	@echo "make test-gpu  Transformer Engine, FP8 and CUDA graphs on one GPU (docs/gpu.md)"
 	@echo "make upstream-tests MEGATRON_LM=/path/to/Megatron-LM"
 	@echo "            its own unit tests with FoPE in RoPE's place (half an hour)"
-	@echo "make lint   ruff"
+	@echo "make lint   style (ruff), spelling (codespell), types (mypy)"
 	@echo "make docs   the documentation as a site, in out/docs"
 	@echo "make setup  only the environment, in $(VENV)"
 
@@ -52,6 +53,12 @@ test-fast: setup
 
 test-newest:
 	@$(MAKE) test VENV=.venv-newest NEWEST=1
+
+coverage: setup
+	@$(BIN)/python -m coverage erase
+	@$(BIN)/python -m coverage run -m pytest -n $(JOBS) $(BY_FILE)
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report
 
 constraints:
 	@$(BIN)/python .ci/constraints.py
@@ -82,6 +89,8 @@ docs: setup
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/codespell
+	@$(BIN)/mypy
 
 clean:
 	@test ! -e $(VENV)/.made-by-setup || rm -rf $(VENV)
