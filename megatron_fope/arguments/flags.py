@@ -221,7 +221,7 @@ def resolve_fope_arguments(args: Any, config: FoPEConfig | None = None) -> None:
         UserError: a value outside what is allowed, or one that does not fit the model.
     """
     head_dim = head_dim_of(args)
-    if args.position_embedding_type != FOPE or head_dim is None or not args.seq_length:
+    if args.position_embedding_type != FOPE or not head_dim or not args.seq_length:
         return
     if config is None and args.fope_scaling is None and _scales_rope(args):
         from megatron_fope.arguments.rope import ignored_flags

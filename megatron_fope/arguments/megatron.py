@@ -14,15 +14,15 @@ CHECKPOINT_FORMATS = ("torch_dist", "torch")
 """Values of ``--ckpt-format`` whose files FoPE looks into: for damage, and to start from another model."""
 
 
-def head_dim_of(args: Any) -> int | None:
-    """Channels of a head that are rotated; None while the model's size is not known."""
+def head_dim_of(args: Any) -> int:
+    """Channels of a head that are rotated; 0 while the model's size is not known."""
     if getattr(args, "multi_latent_attention", False):
         return args.qk_pos_emb_head_dim
     if getattr(args, "kv_channels", None) is not None:
         return args.kv_channels
     if args.hidden_size and args.num_attention_heads:
         return args.hidden_size // args.num_attention_heads
-    return None
+    return 0
 
 
 def num_kv_heads_of(args: Any) -> int | None:

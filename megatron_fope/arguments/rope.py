@@ -275,7 +275,7 @@ def _model_arguments(args: Any) -> dict[str, Any]:
     passed = compat.rope_arguments(lenient, hybrid=is_hybrid(args))
     known = {
         name: parameter.default
-        for name, parameter in inspect.signature(model_class.__init__).parameters.items()
+        for name, parameter in inspect.signature(model_class).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
     reached = {name for name in passed if name in known and (_PASSED is None or name in _PASSED)}

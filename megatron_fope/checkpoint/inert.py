@@ -16,6 +16,7 @@ import pickletools
 import sys
 import types
 import zipfile
+from collections.abc import Callable
 from typing import IO, Any
 
 import torch
@@ -76,6 +77,7 @@ class Inert:
     original = ""
     """Full name of the class."""
     _arguments: tuple[Any, ...] | None = None  # None: made by __new__ alone
+    _new_arguments: tuple[Any, ...]
     _state: Any = None
 
     def __new__(cls, *arguments: Any) -> Inert:
@@ -91,7 +93,8 @@ class Inert:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         if self._arguments is None:
-            return copyreg.__newobj__, (type(self), *self._new_arguments), self._state
+            new = copyreg.__newobj__  # type: ignore[attr-defined]  # typeshed lacks pickle's own helper
+            return new, (type(self), *self._new_arguments), self._state
         return type(self), self._arguments, self._state
 
     def _identity(self) -> tuple[Any, ...]:
@@ -121,7 +124,9 @@ def load(file: IO[bytes] | str, *, mapped: bool = False) -> Any:
     names = foreign_classes(file)
     for name in names:
         _check_standard_library(name)
-    known = [(_HARMLESS.get(name) or _inert_class(name), name) for name in names]
+    known: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+        (_HARMLESS.get(name) or _inert_class(name), name) for name in names
+    ]
     with torch.serialization.safe_globals(known):
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
 
@@ -155,7 +160,7 @@ def asked_classes(file: IO[bytes] | str) -> list[str]:
             while True:  # the old format is several pickles, one behind the other
                 for operation, argument, _ in pickletools.genops(stream):
                     if operation.name == "GLOBAL":
-                        names.append(argument.replace(" ", "."))
+                        names.append(str(argument).replace(" ", "."))
                     elif operation.name == "STACK_GLOBAL":
                         names.append(".".join(texts[-2:]))
                     elif isinstance(argument, str):
@@ -218,16 +223,17 @@ def _inert_class(name: str) -> type[Inert]:
     return type(name.rpartition(".")[2], (Inert,), {"original": name})
 
 
+# typeshed knows little of the pickler that is written in Python.
 class _Pickler(pickle._Pickler):
     """Names the original class in place of the one that stands for it, which it cannot be asked to import."""
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
         if not (isinstance(obj, type) and issubclass(obj, Inert)):
-            super().save_global(obj, name)
+            super().save_global(obj, name)  # type: ignore[misc]
             return
         module, _, attribute = obj.original.rpartition(".")
-        self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())
-        self.memoize(obj)
+        self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())  # type: ignore[attr-defined]
+        self.memoize(obj)  # type: ignore[attr-defined]
 
 
 _PICKLE = types.SimpleNamespace(Pickler=_Pickler, __name__="pickle")

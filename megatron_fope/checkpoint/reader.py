@@ -125,16 +125,17 @@ class Checkpoint:
         count = 0
         for chunk in entry.chunks:
             place = places.get(tuple(chunk.offsets))
+            if place is None:
+                continue
             try:
-                part = None if place is None else inert.load(_read_range(self.path, place))
-                if part is not None and (part.shape != chunk.sizes or part.dtype != value.dtype):
+                part = inert.load(_read_range(self.path, place))
+                if part.shape != chunk.sizes or part.dtype != value.dtype:
                     raise ValueError(f"{list(part.shape)} {part.dtype} is not what the table says")
             except Exception as error:
                 file = self.path / place.relative_path
                 raise UserError(f"{file}: {name} cannot be read ({describe_error(error)})") from None
-            if part is not None:
-                value[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = part
-                count += part.numel()
+            value[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = part
+            count += part.numel()
         if count < value.numel():
             raise UserError(f"{self.path} has only a part of {name}")
         return value
@@ -301,7 +302,8 @@ def _read_common(path: Path, metadata: Any, refuse: Any) -> dict[str, Any]:
     if getattr(stored, "seq_length", None) is None:
         raise refuse(f"{where} stores no arguments; use a checkpoint saved by Megatron's training")
     # Arguments that are there, but of another kind than Megatron's.
-    kinds = dict.fromkeys(_NUMBERS, int) | {"rotary_base": (int, float), "position_embedding_type": str}
+    kinds: dict[str, Any] = dict.fromkeys(_NUMBERS, int)
+    kinds |= {"rotary_base": (int, float), "position_embedding_type": str}
     for name, kind in kinds.items():
         value = getattr(stored, name, None)
         if value is not None and (not isinstance(value, kind) or (kind is not str and value <= 0)):

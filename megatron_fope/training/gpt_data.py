@@ -163,12 +163,12 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
 
 
 # Every rank calls the provider, and the builder decides who reads.
-datasets_provider.is_distributed = True
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron's way to say it
 
 
 def get_batch(
     data_iterator: Iterator[dict[str, torch.Tensor]] | None, config: Any, vp_stage: int | None = None
-) -> tuple[dict[str, torch.Tensor | None], PackedSeqParams | None]:
+) -> tuple[dict[str, Any], PackedSeqParams | None]:
     """One micro-batch as this rank needs it.
 
     Args:
@@ -177,8 +177,8 @@ def get_batch(
         vp_stage: index of the model chunk under virtual pipeline parallelism.
 
     Returns:
-        The batch (None for what this pipeline stage has no use for) and, when documents are kept apart,
-        their boundaries.
+        The batch of tensors (None for what this pipeline stage has no use for) and, when documents are kept
+        apart, their boundaries.
     """
     args = get_args()
     packed = _packs_documents(args)
@@ -199,7 +199,7 @@ def get_batch(
     return batch, _packed_seq_params(batch, args)
 
 
-def _packed_seq_params(batch: dict[str, torch.Tensor | None], args: Any) -> PackedSeqParams | None:
+def _packed_seq_params(batch: dict[str, Any], args: Any) -> PackedSeqParams | None:
     """Document boundaries in the form that attention takes, or None for ordinary sequences."""
     if batch["cu_seqlens"] is None:
         return None

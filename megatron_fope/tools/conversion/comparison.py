@@ -122,7 +122,8 @@ def _compare_entries(a: Checkpoint, b: Checkpoint, comparison: Comparison) -> No
         if name in tensors_a and name in tensors_b:
             kinds = shape_and_type(tensors_a[name]), shape_and_type(tensors_b[name])
             if kinds[0] != kinds[1]:
-                comparison.tensors[name] = tuple(f"{shape} {dtype}" for shape, dtype in kinds)
+                first, second = (f"{shape} {dtype}" for shape, dtype in kinds)
+                comparison.tensors[name] = (first, second)
                 continue
         if places_a[name] == places_b[name]:
             comparison.same_file += 1

@@ -67,7 +67,8 @@ class Part:
 def geometry(args: Any, config: FoPEConfig) -> Geometry:
     """FoPE's numbers for a checkpoint's model, from its arguments."""
     one_head = getattr(args, "multi_latent_attention", False)
-    return Geometry(config, head_dim_of(args), 1 if one_head else num_kv_heads_of(args))
+    heads = 1 if one_head else num_kv_heads_of(args) or args.num_attention_heads
+    return Geometry(config, head_dim_of(args), heads)
 
 
 def attention_layers(checkpoint: Checkpoint) -> list[AttentionLayers]:

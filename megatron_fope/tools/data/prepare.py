@@ -257,7 +257,7 @@ class _Corpus:
     identities: list[bytes] = field(default_factory=list)
     """A digest of each, if asked for."""
 
-    def documents(self, advance: Callable[[int], None]) -> Iterator[bytes]:
+    def documents(self, advance: Callable[[int], object]) -> Iterator[bytes]:
         """Yield each document's bytes; ``advance`` is told how many bytes of the files were read."""
         for source in self.sources:
             for document, consumed in read_documents(source, self.json_key):
@@ -368,7 +368,7 @@ def _training_notes(encoder: Tokenizer, prefixes: Sequence[str]) -> Iterator[str
 
 
 @contextmanager
-def _progress(total: int, show: bool | None) -> Iterator[Callable[[int], None]]:
+def _progress(total: int, show: bool | None) -> Iterator[Callable[[int], object]]:
     """A callable to tell of bytes read: a bar on a terminal, else a log line every ten seconds."""
     if sys.stderr.isatty() if show is None else show:
         from tqdm import tqdm

@@ -225,7 +225,7 @@ def _start_words(schedule: Schedule, number: int, source: Source, args: Any) -> 
         raise UserError(f"[start] from-rope is {way!r}, but {source.where} is no RoPE model; leave it out")
     if iterations is not None and way != "function-preserving":
         raise UserError("[start] anneal-iters is given; requires from-rope = 'function-preserving'")
-    words = [START_FROM_ROPE, way] if from_rope else [GROW]
+    words = [START_FROM_ROPE, way] if from_rope and way is not None else [GROW]
     if from_rope and iterations is not None:
         words += [flag("anneal_iters"), str(iterations)]
     if way == "clip-only" and not from_rope:
@@ -272,7 +272,7 @@ def _check(args: Any, source: Source) -> None:
             f"--lr-warmup-iters is {warm_up}; allowed: less than --lr-decay-iters or --train-iters"
         )
     if args.kv_channels is None and not getattr(args, "multi_latent_attention", False):
-        args.kv_channels = head_dim_of(args)
+        args.kv_channels = head_dim_of(args) or None
     if args.fope_anneal_iters and args.fope_anneal_iters > args.train_iters:
         raise UserError(
             f"--train-iters is {args.train_iters}; allowed: at least the {args.fope_anneal_iters} of [start] "

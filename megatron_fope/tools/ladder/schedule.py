@@ -189,7 +189,7 @@ def _check_keys(where: str, table: dict[str, Any], types: dict[str, Any], requir
 
 def _flags(where: str, table: dict[str, Any]) -> dict[str, list[str] | None]:
     """Flags as words; None for a flag that is taken back."""
-    flags = {}
+    flags: dict[str, list[str] | None] = {}
     for key, value in table.items():
         if not _FLAG.fullmatch(key):
             raise UserError(

@@ -180,7 +180,7 @@ def read_model(args: Any) -> Model:
         ffn=ffn,
         gated=bool(args.swiglu),
         heads=heads,
-        groups=num_kv_heads_of(args),
+        groups=num_kv_heads_of(args) or heads,
         head_dim=head_dim_of(args),
         vocabulary=args.vocab_size,
         vocabulary_multiple=args.make_vocab_size_divisible_by,
