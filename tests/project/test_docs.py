@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from launch import ROOT, torchrun
 from packaging.requirements import Requirement
 from test_guide import PAGES
@@ -178,3 +179,37 @@ def test_constraints_fit_what_the_project_allows() -> None:
             continue
         (pin,) = kept[ours.name].specifier
         assert pin.operator == "==" and ours.specifier.contains(pin.version), text
+
+
+WORKFLOWS = {
+    path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")
+}
+
+
+def test_workflows_make_what_the_makefile_has() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    asked = set()
+    for workflow in WORKFLOWS.values():
+        for job in workflow["jobs"].values():
+            (command,) = (step["run"] for step in job["steps"] if "run" in step)
+            make, *words = command.replace("${{ matrix.target }}", " ".join(_matrix(job, "target"))).split()
+            assert make == "make"
+            asked |= {word for word in words if "=" not in word}
+    assert asked == {"docs", "lint", "test", "test-fast", "test-newest"} and asked <= targets
+
+
+def test_workflows_cover_the_supported_versions() -> None:
+    from megatron_fope.compat import SUPPORTED_MEGATRON
+
+    fast = WORKFLOWS["test"]["jobs"]["test-fast"]
+    assert {f"Programming Language :: Python :: {version}" for version in _matrix(fast, "python")} == {
+        text for text in PROJECT["classifiers"] if re.search(r"Python :: 3\.", text)
+    }
+    (others,) = re.findall(r'^other_releases="(.+?)"', (ROOT / ".ci" / "setup-env").read_text(), re.MULTILINE)
+    pins = (ROOT / ".ci" / "constraints.txt").read_text()
+    releases = [*others.split(), *re.findall(r"^megatron-core==(.+)$", pins, re.MULTILINE)]
+    assert _matrix(fast, "megatron") == [name for name in releases if name in SUPPORTED_MEGATRON]
+
+
+def _matrix(job: dict, name: str) -> list[str]:
+    return job.get("strategy", {}).get("matrix", {}).get(name, [])
