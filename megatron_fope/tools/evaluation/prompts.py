@@ -189,7 +189,7 @@ def mix_pairs(
     keys: Ids,
     values: Ids,
     *,
-    haystack: Sequence[int] = (),
+    haystack: Sequence[int] | Ids = (),
     pair_fraction: float = 1.0,
 ) -> Ids:
     """Pairs drawn at random, in a random order with a piece of text.
