@@ -1,0 +1,12 @@
+"""Hugging Face: the model file that travels with exported weights."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Make transformers' auto classes load FoPE folders by this file, without ``trust_remote_code``.
+
+    Raises:
+        ImportError: transformers is missing or older than 5.1.
+    """
+    from megatron_fope.tools.huggingface import modeling_fope  # noqa: F401
