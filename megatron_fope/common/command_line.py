@@ -63,9 +63,7 @@ def one_line_errors(parser: argparse.ArgumentParser) -> None:
 
 def _plain(message: str) -> str:
     """argparse's message in the words of all others."""
-    if found := re.fullmatch(
-        r"argument (.+?): invalid choice: (.+) \(choose from (.+)\)", message, re.DOTALL
-    ):
+    if found := re.fullmatch(_CHOICE, message, re.DOTALL):
         name, value, choices = found.groups()
         return f"{name} is {value}; allowed: {choices.replace("'", '')}"
     for pattern, words in _ARGPARSE:

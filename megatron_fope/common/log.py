@@ -22,11 +22,11 @@ def announce(*lines: str) -> None:
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """For imports of Megatron, which warn of libraries that only training needs."""
+    """For imports of libraries, which warn of others that only training needs."""
     disabled = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+        logging.disable(logging.CRITICAL)
         try:
             yield
         finally:

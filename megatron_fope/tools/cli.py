@@ -16,16 +16,7 @@ from megatron_fope.common.errors import UserError, exit_on_user_error
 _USAGE = """\
 megatron-fope [--cpu] SCRIPT.py [Megatron's arguments]   run a Megatron training script with FoPE available
 megatron-fope [--cpu] pretrain [Megatron's arguments]    GPT pre-training from the megatron-core wheel alone
-megatron-fope prepare-data ...                           text to Megatron's .bin/.idx
-megatron-fope make-recall-data ...                       associative recall to train on, as .bin/.idx
-megatron-fope evaluate-perplexity ...                    perplexity of checkpoints over context lengths
-megatron-fope evaluate-retrieval ...                     what checkpoints find in long contexts
-megatron-fope convert SOURCE TARGET ...                  RoPE checkpoint to FoPE, or FoPE to a longer FoPE
-megatron-fope inspect FOLDER | diff A B                  what checkpoints hold, how two differ
-megatron-fope ladder SCHEDULE [--run]                    several context lengths, stage by stage
-megatron-fope plan --gpus N ... -- [Megatron's arguments]
-                                                         memory of a rank, and parallel layouts that fit
-megatron-fope env                                        versions, GPUs and back ends, for bug reports
+megatron-fope COMMAND ...                                one of those below; COMMAND --help explains it
 """
 _DESCRIPTION = """\
 Training runs one process per rank: torchrun --nproc-per-node N -m megatron_fope ...

@@ -10,16 +10,14 @@ import importlib.metadata
 import importlib.util
 import io
 import json
-import logging
 import platform
 import sys
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_fope import __version__, compat
 from megatron_fope.common.errors import UserError
+from megatron_fope.common.log import quiet_imports
 
 _PACKAGES = {
     "torch": ("torch", ""),
@@ -52,6 +50,9 @@ class Package:
     """None: not installed."""
     problem: str = ""
     """Why it cannot be used, or how to get it."""
+
+    def __str__(self) -> str:
+        return (self.version or "not installed") + (f" ({self.problem})" if self.problem else "")
 
 
 @dataclass
@@ -95,23 +96,21 @@ def read_environment() -> Environment:
 
 def render(environment: Environment) -> str:
     """The report as text."""
-    width = 1 + max(map(len, [*_PACKAGES, *environment.backends]))
-    lines = [
-        f"{'megatron-fope':{width}} {environment.megatron_fope}",
-        f"{'Python':{width}} {environment.python}",
-        f"{'system':{width}} {environment.system}",
-        f"{'GPU':{width}} {environment.cuda}",
-        *(f"{'':{width}} {gpu}" for gpu in environment.gpus),
-        "",
+    rows = [
+        ("megatron-fope", environment.megatron_fope),
+        ("Python", environment.python),
+        ("system", environment.system),
+        ("GPU", environment.cuda),
+        *(("", gpu) for gpu in environment.gpus),
+        ("", ""),
+        *((package.name, str(package)) for package in environment.packages),
+        ("", ""),
+        ("support", environment.support),
     ]
-    for package in environment.packages:
-        note = f" ({package.problem})" if package.problem else ""
-        lines.append(f"{package.name:{width}} {package.version or 'not installed'}{note}")
-    lines += ["", f"{'support':{width}} {environment.support}"]
     if environment.backends:
-        lines += ["", "What runs here:"]
-        lines += [f"{purpose:{width}} {library}" for purpose, library in environment.backends.items()]
-    return "\n".join(lines)
+        rows += [("", ""), ("What runs here:", ""), *environment.backends.items()]
+    width = 1 + max(map(len, [*_PACKAGES, *environment.backends]))
+    return "\n".join(f"{name:{width}} {text}".rstrip() for name, text in rows)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,24 +120,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; exit code 1 where training with FoPE cannot work."""
-    with _quiet():
+    with quiet_imports(), contextlib.redirect_stdout(io.StringIO()):
         environment = read_environment()
     text = json.dumps(dataclasses.asdict(environment), indent=2) if arguments.json else render(environment)
     print(text)
     return 0 if environment.support.startswith("supported") else 1
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep back what libraries say when they are imported."""
-    disabled = logging.root.manager.disable
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
 
 
 def _package(name: str, module: str, advice: str) -> Package:
@@ -147,23 +133,17 @@ def _package(name: str, module: str, advice: str) -> Package:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version(name)
     try:
-        if not _is_installed(module):
-            return Package(name, None, advice)
         if name == "apex" and importlib.util.find_spec("apex.optimizers") is None:
             return Package(name, version, "not NVIDIA's apex: Megatron cannot use it; pip uninstall apex")
         importlib.import_module(module)
         if name == "megatron-core":
             version = str(compat.megatron_version())
     except (Exception, SystemExit) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name
+        if missing and f"{module}.".startswith(f"{missing}."):
+            return Package(name, None, advice)
         return Package(name, version or "version unknown", f"cannot be imported: {_first_line(error)}")
     return Package(name, version or "version unknown")
-
-
-def _is_installed(module: str) -> bool:
-    for position in (i for i, letter in enumerate(f"{module}.") if letter == "."):
-        if importlib.util.find_spec(module[:position]) is None:
-            return False
-    return True
 
 
 def _first_line(error: BaseException) -> str:
@@ -174,7 +154,11 @@ def _cuda() -> tuple[str, list[str]]:
     """What PyTorch is built for, and the GPUs that it sees."""
     import torch
 
-    gpus = [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        gpu: Any = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        gpus.append(f"{index}: {gpu.name}, {memory}, compute {gpu.major}.{gpu.minor}")
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     visible = f"{len(gpus) or 'no'} GPU{'' if len(gpus) == 1 else 's'} visible"
     return f"PyTorch is built for {built}; {visible}", gpus
@@ -183,16 +167,12 @@ def _cuda() -> tuple[str, list[str]]:
 def _backends() -> dict[str, str]:
     from megatron_fope.kernels import backend
 
-    found = {purpose: _explained(library) for purpose, library in compat.chosen_libraries().items()}
+    found = compat.chosen_libraries()
+    for purpose, library in found.items():
+        if library not in ("Transformer Engine", "apex", "unknown"):
+            found[purpose] += " (a fallback: neither Transformer Engine nor NVIDIA's apex can be used)"
     found["FoPE's rotation"] = str(backend.choose("auto", backend.current_device()))
     return found
-
-
-def _gpu(index: int) -> str:
-    import torch
-
-    facts: Any = torch.cuda.get_device_properties(index)
-    return f"{index}: {facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute {facts.major}.{facts.minor}"
 
 
 def _support(broken: dict[str, str]) -> str:
@@ -209,9 +189,3 @@ def _support(broken: dict[str, str]) -> str:
             f"flag needs {compat.SUPPORTED_MEGATRON} or a checkout)"
         )
     return f"supported: Megatron-Core {version} (the range is {compat.SUPPORTED_CHECKOUTS})"
-
-
-def _explained(library: str) -> str:
-    if library in ("Transformer Engine", "apex", "unknown"):
-        return library
-    return f"{library} (a fallback: neither Transformer Engine nor NVIDIA's apex can be used)"
