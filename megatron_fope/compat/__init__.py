@@ -50,7 +50,7 @@ from megatron_fope.compat.models import (
 )
 from megatron_fope.compat.offloading import keep_on_device, survives_offloading
 from megatron_fope.compat.signatures import known_attributes, known_fields, known_parameters
-from megatron_fope.compat.training import initialize_megatron, run_pretraining
+from megatron_fope.compat.training import initialize_megatron, reset_megatron, run_pretraining
 from megatron_fope.compat.versions import (
     SUPPORTED_CHECKOUTS,
     SUPPORTED_MEGATRON,

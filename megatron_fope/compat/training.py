@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -98,3 +99,22 @@ def initialize_megatron(adjust: Callable[[Any, Any], None], **options: Any) -> A
     set_global_variables(args)
     initialize(**options)
     return args
+
+
+def reset_megatron() -> None:
+    """Undo :func:`initialize_megatron`, so that another model can follow; the default process group stays.
+
+    In every release, ``destroy_global_state`` drops most process groups without closing them, and the
+    version of the checkpoint that was loaded last stays.
+    """
+    import torch
+    from megatron.core import parallel_state
+    from megatron.training import checkpointing, training
+
+    groups = parallel_state._global_process_group_list or []
+    training.destroy_global_state()
+    for group in groups:
+        if group is not None:  # None is the default group
+            with contextlib.suppress(ValueError):  # Megatron has closed those of gloo
+                torch.distributed.destroy_process_group(group)
+    checkpointing._CHECKPOINT_VERSION = None

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,10 @@ def test_files_that_cannot_be_written(
     assert not one.exists() and Path(f"{text}.bin").stat().st_size > 1000
 
 
+ROW = {"length": 64, "tokens": 128, "loss": 1.0, "perplexity": 2.75}
+ROW |= {"depth": 0.0, "samples": 2, "found": 1, "accuracy": 0.275}
+
+
 @pytest.mark.parametrize("command", ["evaluate-perplexity", "evaluate-retrieval"])
 def test_a_later_failure_loses_nothing(
     command: str,
@@ -152,11 +156,9 @@ def test_a_later_failure_loses_nothing(
     """The first checkpoint's numbers are printed and written when the second one fails."""
     SyntheticCheckpoint(tmp_path / "model", **RUN)
 
-    def launch(request: launching.Request, ranks: int, bar: Any) -> list[dict[str, Any]]:
-        if (tmp_path / "report.json").exists():
-            raise UserError("the second one failed")
-        row = {"length": 64, "tokens": 128, "loss": 1.0, "perplexity": 2.75}
-        return [row | {"depth": 0.0, "samples": 2, "found": 1, "accuracy": 0.275}]
+    def launch(request: launching.Request, ranks: int, bar: Any) -> Iterator[list[dict[str, Any]]]:
+        yield [ROW]
+        raise UserError("the second one failed")
 
     monkeypatch.setattr(launching, "_launch", launch)
     words = ["--data-path", text, "--lengths", 64, "--output", tmp_path / "report.json"]
@@ -170,6 +172,24 @@ def test_a_later_failure_loses_nothing(
     assert "a: " in said.out and ("2.75" in said.out or "27.5" in said.out)
     assert list(json.loads((tmp_path / "report.json").read_text())["checkpoints"]) == ["a"]
     assert len((tmp_path / "report.csv").read_text().splitlines()) == 2
+
+
+def test_one_launch_for_each_layout(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report keeps the order that was asked for."""
+    for name, ranks in (("a", 1), ("b", 2), ("c", 1)):
+        SyntheticCheckpoint(tmp_path / name, **RUN | {"tensor_model_parallel_size": ranks})
+    started = []
+
+    def launch(request: launching.Request, ranks: int, bar: Any) -> Iterator[list[dict[str, Any]]]:
+        started.append((ranks, [Path(folder).name for folder, _ in request.checkpoints]))
+        yield from [[ROW]] * len(request.checkpoints)
+
+    monkeypatch.setattr(launching, "_launch", launch)
+    words = [word for name in "abc" for word in ("--checkpoint", tmp_path / name)]
+    words += ["--data-path", text, "--lengths", 64, "--tokens", 128, "--output", tmp_path / "report.json"]
+    main("evaluate-perplexity", *words)
+    assert started == [(1, ["a", "c"]), (2, ["b"])]
+    assert list(json.loads((tmp_path / "report.json").read_text())["checkpoints"]) == ["a", "b", "c"]
 
 
 SLEEPER = """
@@ -187,9 +207,33 @@ from megatron_fope.common.command_line import command
 from megatron_fope.tools.evaluation import launching
 launching._WORKER = "sleeper"
 with command():
-    bar = SimpleNamespace(n=0, total=100, update=lambda n: None)
-    launching._launch(launching.Request("x", [], True, print), 2, bar)
+    bar = SimpleNamespace(n=0, total=100, update=lambda n: None, close=lambda: None)
+    for results in launching._launch(launching.Request([("a", []), ("b", [])], True, print), 2, bar):
+        print(results)
 """
+FAILING = """
+import json, os, sys
+from pathlib import Path
+if os.environ["RANK"] == "0":
+    Path(sys.argv[1], "0.json").write_text(json.dumps(["numbers of a"]))
+    sys.exit("megatron-fope: error: b is refused")
+"""
+
+
+@pytest.mark.launch
+def test_a_rank_that_fails(tmp_path: Path) -> None:
+    """What came before is kept, however soon the failure follows; the line is the rank's."""
+    (tmp_path / "sleeper.py").write_text(FAILING)
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    done = subprocess.run(
+        [sys.executable, "-c", STARTER],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.stdout == "['numbers of a']\n"
+    assert done.stderr == "megatron-fope: error: b is refused\n" and done.returncode == 2
 
 
 @pytest.mark.launch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable
@@ -20,8 +21,8 @@ from megatron_fope.tools.data.recall import make_recall_data
 from megatron_fope.tools.evaluation import launching
 from megatron_fope.tools.evaluation.options import EvaluationOptions
 from megatron_fope.tools.evaluation.perplexity import sum_by_bucket
-from megatron_fope.tools.evaluation.prompts import make_needle, make_passkey, make_recall
-from megatron_fope.tools.evaluation.retrieval import Task, count_hits, prompt_batches
+from megatron_fope.tools.evaluation.prompts import Task
+from megatron_fope.tools.evaluation.retrieval import count_hits, prompt_batches
 from megatron_fope.tools.evaluation.retrieval_command import RetrievalOptions, task_of
 
 TEXT = np.random.default_rng(0).integers(100, size=5000)
@@ -38,10 +39,6 @@ TASKS = {
         "recall", KEYS, VALUES, key_tokens=1, value_tokens=1, pair_fraction=0.3, own_values=True
     ),
 }
-
-
-def rng(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed)
 
 
 def occurrences(tokens: np.ndarray, part: np.ndarray) -> list[int]:
@@ -71,15 +68,15 @@ def test_prompt_asks_for_what_stands_at_its_depth(name: str, length: int, depth:
 
 
 def test_text_of_a_needle_is_a_piece_of_the_haystack() -> None:
-    tokens, _ = make_needle(60, 0.0, rng(), haystack=range(50), key_ids=KEYS, value_ids=VALUES, key_tokens=2)
+    task = Task("needle", KEYS, VALUES, key_tokens=2, value_tokens=5)
+    tokens, _ = task.prompt(np.arange(50), 60, 0.0, 0)
     text = tokens[7:-7]
     assert ((text[1:] - text[:-1]) % 50 == 1).all(), "consecutive, in a circle"
 
 
 def test_passkey_repeats_its_filler() -> None:
-    tokens, _ = make_passkey(
-        30, 1.0, rng(), filler=[1, 2, 3], marker=[9, 9], value_ids=VALUES, value_tokens=1
-    )
+    task = Task("passkey", (), VALUES, key_tokens=8, value_tokens=1, marker=(9, 9))
+    tokens, _ = task.prompt(np.array([1, 2, 3]), 30, 1.0, 0)
     assert tokens[:24].tolist() == [1, 2, 3] * 8
 
 
@@ -191,20 +188,21 @@ def test_buckets_of_positions() -> None:
     torch.testing.assert_close(sum(parts), whole)
 
 
+def recall(**changes: Any) -> tuple[np.ndarray, slice]:
+    return dataclasses.replace(TASKS["recall, pairs only"], **changes).prompt(TEXT, 64, 0.5, 0)
+
+
 @pytest.mark.parametrize(
     ("call", "line"),
     [
         (lambda: TASKS["needle"].prompt(TEXT, 17, 0.5, 0), "--lengths is 17; allowed: at least 18"),
         (lambda: TASKS["needle"].prompt(TEXT, 64, 1.5, 0), "--depths is 1.5; allowed: numbers from 0 to 1"),
-        (lambda: make_recall(64, 0.5, rng(), key_ids=[5], value_ids=VALUES), "the keys are 1 different ids"),
-        (lambda: make_recall(64, 0.5, rng(), key_ids=KEYS, value_ids=[7]), "the values are 1 different ids"),
+        (lambda: recall(key_ids=(5,)), "the keys are 1 different ids"),
+        (lambda: recall(value_ids=(7,)), "the values are 1 different ids"),
+        (lambda: recall(value_ids=VALUES[:15], own_values=True), "the values are 15 ids for 8 keys"),
         (
-            lambda: make_recall(64, 0.5, rng(), key_ids=KEYS, value_ids=VALUES[:15], own_values=True),
-            "the values are 15 ids for 8 keys",
-        ),
-        (
-            lambda: make_needle(
-                64, 0.5, rng(), haystack=[1, 2] * 50, key_ids=[1, 2], value_ids=[1, 2], key_tokens=1
+            lambda: Task("needle", (1, 2), (1, 2), key_tokens=1, value_tokens=5).prompt(
+                np.array([1, 2] * 50), 64, 0.5, 0
             ),
             "--key-tokens is 1 with 2 key ids: the data holds every key",
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,29 @@ def checkpoint(launcher: Launcher, data: RecallData) -> Path:
     return folder / "saved"
 
 
+@pytest.fixture(scope="module")
+def another(launcher: Launcher, data: RecallData) -> Path:
+    """A model that differs in all that may outlive a model in its process: shape, precision, positions."""
+    folder = Path(data.train.prefix).parent
+    flags = [*TINY_MODEL, *data.train_flags, "--num-layers", "3", "--bf16", "--save-interval", "3"]
+    flags += ["--position-embedding-type", "rope", "--normalization", "LayerNorm", "--seq-length", "32"]
+    launcher.output(1, ["--cpu", "pretrain", *flags, "--save", str(folder / "another")], folder / "log")
+    return folder / "another"
+
+
 @pytest.fixture
 def forked(launcher: Launcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """Workers are forks, which are quicker than torchrun; the number of ranks of each."""
+    """Workers are forks, which are quicker than torchrun; the number of ranks of each launch."""
     started = []
 
-    def launch(request: launching.Request, num_ranks: int, bar: Any) -> list[dict[str, Any]]:
+    def launch(request: launching.Request, num_ranks: int, bar: Any) -> Iterator[list[dict[str, Any]]]:
         started.append(num_ranks)
         folder = tmp_path / f"ranks{len(started)}"
         folder.mkdir()
         (folder / "request").write_bytes(pickle.dumps(request))
         launcher.output(num_ranks, [], tmp_path / "log", hook=WORKER.format(str(folder)))
-        return json.loads((folder / "results.json").read_text())
+        for number in range(len(request.checkpoints)):
+            yield json.loads((folder / f"{number}.json").read_text())
 
     monkeypatch.setattr(launching, "_launch", launch)
     return started
@@ -133,3 +145,25 @@ def test_perplexity_by_position(
     assert len(rows) == 2 * 6 and float(rows[0]["loss"]) == results[0]["loss"]
     assert files["picture"].stat().st_size > 10_000
     assert "104-127" not in position_table(one) and "103-127" in position_table(one)
+
+
+@pytest.mark.parametrize("layout", [{}, LAYOUTS["tensor"]], ids=["one rank", "tensor"])
+def test_one_launch_finds_what_one_for_each_finds(
+    layout: dict[str, int], checkpoint: Path, another: Path, data: RecallData, forked: list[int]
+) -> None:
+    """To every digit, whichever model came before."""
+    folders = {"first": another, "second": checkpoint, "third": another}
+
+    def results(labels: list[str]) -> list[list[Any]]:
+        common: dict[str, Any] = {"checkpoints": {label: folders[label] for label in labels}, "cpu": True}
+        common |= {"data_path": data.train.prefix, "lengths": [64, 128], "tokens_per_batch": 700, **layout}
+        text = evaluate_perplexity(PerplexityOptions(tokens=3000, by_position=5, **common))
+        found = evaluate_retrieval(RetrievalOptions(samples=10, depths=[0.0, 1.0], **common))
+        assert list(text["checkpoints"]) == list(found["checkpoints"]) == labels
+        return [text["checkpoints"][x]["results"] + found["checkpoints"][x]["results"] for x in labels]
+
+    together = results(["first", "second", "third"])
+    ranks = 2 if layout else 1
+    assert forked == [ranks, ranks]
+    first, second = (results([label])[0] for label in ("first", "second"))
+    assert together == [first, second, first] and first != second

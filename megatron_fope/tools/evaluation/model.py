@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -96,6 +97,24 @@ def load_model(checkpoint: str) -> list[Any]:
     for chunk in model:
         chunk.eval()
     return model
+
+
+def unload_models() -> None:
+    """Forget what Megatron and FoPE know in this process, so that another checkpoint's model can be loaded.
+
+    Nothing may refer to a model any more.
+    """
+    import torch
+
+    from megatron_fope import compat
+    from megatron_fope.layers import anneal
+    from megatron_fope.training.registration import unregister
+
+    anneal.begin(0, 0)
+    unregister()
+    compat.reset_megatron()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _adopt(stored: Any, parser: Any, args: Any) -> None:

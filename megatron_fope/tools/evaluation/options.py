@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_fope.checkpoint.files import find_missing_legacy_file
 from megatron_fope.checkpoint.reader import Checkpoint
@@ -15,68 +16,47 @@ from megatron_fope.common.errors import UserError
 from megatron_fope.common.staging import check_output_file
 
 
+def option(help: str, default: Any = dataclasses.MISSING, **words: Any) -> Any:
+    """A field of options that is a flag, too: ``words`` are further ones for ``add_argument``."""
+    return dataclasses.field(default=default, metadata={"help": help, **words})
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """Options of both evaluations.
+    """Options of both evaluations; every field is the flag of its name, and explained by the flag's help.
 
-    Every field is a flag of the commands: the name and the default are the field's, and the metadata are the
-    keyword arguments of ``add_argument``, among them the help. Sequences of numbers are written with commas
-    on a command line, the checkpoints ``{label: folder}`` as ``--checkpoint label=folder``.
+    The checkpoints, ``{label: folder}``, are ``--checkpoint label=folder``, once for each; numbers of a
+    sequence are separated by commas on a command line.
     """
 
-    checkpoints: dict[str, str | Path] = field(
-        metadata={
-            "flag": "--checkpoint",
-            "action": "append",
-            "metavar": "[NAME=]FOLDER",
-            "help": "folder made by Megatron's --save; may be repeated. NAME labels it, default: the "
-            "folder's name",
-        }
+    checkpoints: dict[str, str | Path] = option(
+        "folder made by Megatron's --save; may be repeated. NAME labels it, default: the folder's name",
+        flag="--checkpoint",
+        action="append",
+        metavar="[NAME=]FOLDER",
     )
-    data_path: str | Path = field(
-        metadata={"metavar": "PREFIX", "help": "tokens to evaluate on: PREFIX.bin and PREFIX.idx"}
+    data_path: str | Path = option("tokens to evaluate on: PREFIX.bin and PREFIX.idx", metavar="PREFIX")
+    tokens_per_batch: int = option(
+        "tokens in one forward pass, at least one sequence (default: 4096)", 4096, type=whole(), metavar="N"
     )
-    tokens_per_batch: int = field(
-        default=4096,
-        metadata={
-            "type": whole(),
-            "metavar": "N",
-            "help": "tokens in one forward pass, at least one sequence (default: 4096)",
-        },
+    output: str | Path | None = option("write the results here", None, metavar="FILE.json")
+    csv: str | Path | None = option("write the results here, a row for each number", None, metavar="FILE.csv")
+    picture: str | Path | None = option("draw the results here (needs matplotlib)", None, metavar="FILE.png")
+    title: str | None = option("title of the picture", None)
+    tensor_model_parallel_size: int | None = option(
+        "TP of this run (default: the checkpoint's)", None, type=whole(), metavar="N"
     )
-    output: str | Path | None = field(
-        default=None, metadata={"metavar": "FILE.json", "help": "write the results here"}
+    pipeline_model_parallel_size: int | None = option(
+        "PP of this run (default: the checkpoint's)", None, type=whole(), metavar="N"
     )
-    csv: str | Path | None = field(
-        default=None,
-        metadata={"metavar": "FILE.csv", "help": "write the results here, a row for each number"},
-    )
-    picture: str | Path | None = field(
-        default=None, metadata={"metavar": "FILE.png", "help": "draw the results here (needs matplotlib)"}
-    )
-    title: str | None = field(default=None, metadata={"help": "title of the picture"})
-    tensor_model_parallel_size: int | None = field(
-        default=None,
-        metadata={"type": whole(), "metavar": "N", "help": "TP of this run (default: the checkpoint's)"},
-    )
-    pipeline_model_parallel_size: int | None = field(
-        default=None,
-        metadata={"type": whole(), "metavar": "N", "help": "PP of this run (default: the checkpoint's)"},
-    )
-    context_parallel_size: int = field(
-        default=1, metadata={"type": whole(), "metavar": "N", "help": "CP of this run (default: 1)"}
-    )
-    cpu: bool = field(
-        default=False, metadata={"action": "store_true", "help": "evaluate on the CPU with gloo"}
-    )
-    megatron: Sequence[str] = field(
-        default=(),
-        metadata={
-            "flag": "megatron",
-            "nargs": "*",
-            "metavar": "-- MEGATRON FLAGS",
-            "help": "further flags for Megatron behind --, e.g. --transformer-impl local",
-        },
+    context_parallel_size: int = option("CP of this run (default: 1)", 1, type=whole(), metavar="N")
+    cpu: bool = option("evaluate on the CPU with gloo", False, action="store_true")
+    megatron: Sequence[str] = option(
+        "further flags for Megatron behind --, e.g. --transformer-impl local",
+        (),
+        flag="megatron",
+        nargs="*",
+        metavar="-- MEGATRON FLAGS",
     )
 
     def parallel_sizes(self, info: Checkpoint) -> tuple[int, int, int]:
@@ -131,17 +111,18 @@ class EvaluationOptions:
             if missing is not None:
                 raise UserError(f"--checkpoint is {str(info.folder)!r}: {missing}")
 
-    def check_outputs(self, inputs: Iterable[str | Path]) -> None:
+    def check_outputs(self, *prefixes: str | Path) -> None:
         """Refuse files that cannot be written, before the evaluation whose results they shall hold.
 
         Args:
-            inputs: files and folders that are read, which no result may replace.
+            prefixes: of the data, which no result may replace.
 
         Raises:
             UserError: naming the flag.
         """
         seen: dict[Path, str] = {}
-        read = [Path(path).resolve() for path in inputs]
+        data = (f"{prefix}.{end}" for prefix in prefixes for end in ("bin", "idx", "json"))
+        read = [Path(path).resolve() for path in (*data, *self.checkpoints.values())]
         for flag, path in (("--output", self.output), ("--csv", self.csv), ("--picture", self.picture)):
             if path is None:
                 continue

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from megatron_fope.common.command_line import whole
 from megatron_fope.common.errors import UserError
-from megatron_fope.tools.evaluation import launching
-from megatron_fope.tools.evaluation.options import EvaluationOptions, add_flags, listed, options_from
+from megatron_fope.tools.evaluation import launching, plot
+from megatron_fope.tools.evaluation.options import EvaluationOptions, add_flags, listed, option, options_from
 from megatron_fope.tools.evaluation.perplexity import PerplexityRow, perplexity_by_length
-from megatron_fope.tools.evaluation.tokens import DATA_FILES, check_data, check_vocabulary, read_tokens
+from megatron_fope.tools.evaluation.tokens import check_data, check_vocabulary, read_tokens
 
 _LENGTHS = "whole numbers >= 2, separated by commas"
 
@@ -26,29 +26,18 @@ class PerplexityOptions(EvaluationOptions):
         UserError: lengths that nothing can be predicted in.
     """
 
-    lengths: Sequence[int] | None = field(
-        default=None,
-        metadata={
-            "type": listed(int, _LENGTHS),
-            "metavar": "N,N,...",
-            "help": "context lengths in tokens. Default: 0.5 to 16 times the first checkpoint's train length",
-        },
+    lengths: Sequence[int] | None = option(
+        "context lengths in tokens. Default: 0.5 to 16 times the first checkpoint's train length",
+        None,
+        type=listed(int, _LENGTHS),
+        metavar="N,N,...",
     )
-    tokens: int = field(
-        default=65536,
-        metadata={
-            "type": whole(),
-            "metavar": "N",
-            "help": "tokens evaluated per length, the same for all (default: 65536)",
-        },
-    )
-    by_position: int | None = field(
-        default=None,
-        metadata={
-            "type": whole(),
-            "metavar": "BUCKETS",
-            "help": "also perplexity by position: the window is divided into this many equal ranges",
-        },
+    tokens: int = option("tokens evaluated per length (default: 65536)", 65536, type=whole(), metavar="N")
+    by_position: int | None = option(
+        "also perplexity by position: the window is divided into this many equal ranges",
+        None,
+        type=whole(),
+        metavar="BUCKETS",
     )
 
     def __post_init__(self) -> None:
@@ -98,8 +87,6 @@ def evaluate_perplexity(
     """
     check_data(options.data_path)
     if options.picture is not None:
-        from megatron_fope.tools.evaluation import plot
-
         plot.require_matplotlib()
     infos = launching.read_checkpoints(options)
     trained = next(iter(infos.values())).train_length
@@ -110,8 +97,7 @@ def evaluate_perplexity(
         raise UserError(
             f"--by-position is {options.by_position}; allowed: 1 to the shortest length, {min(lengths)}"
         )
-    files = (f"{options.data_path}.{end}" for end in DATA_FILES)
-    options.check_outputs([*files, *options.checkpoints.values()])
+    options.check_outputs(options.data_path)
     tokens = read_tokens(options.data_path, options.tokens + 1)
     if len(tokens) <= max(lengths):
         raise UserError(
@@ -119,10 +105,8 @@ def evaluate_perplexity(
             f"than the longest length, {max(lengths)}"
         )
     check_vocabulary(options.data_path, tokens, infos.values())
-    report: PerplexityReport = launching.evaluate_all(
-        options,
-        infos,
-        partial(
+    evaluation = launching.Evaluation(
+        measure=partial(
             perplexity_by_length,
             data_path=str(options.data_path),
             tokens=options.tokens,
@@ -130,15 +114,14 @@ def evaluate_perplexity(
             tokens_per_batch=options.tokens_per_batch,
             buckets=options.by_position,
         ),
-        {"data_path": str(options.data_path), "tokens": options.tokens},
+        settings={"data_path": str(options.data_path), "tokens": options.tokens},
         lengths=lengths,
         tokens=len(lengths) * (len(tokens) - 1),
+        columns={"data_path": str(options.data_path)},
         csv_rows=_csv_rows,
-        on_result=on_result,
+        draw=partial(plot.draw, title=options.title or "Perplexity by context length"),
     )
-    if options.picture is not None:
-        plot.draw(report, options.picture, options.title or "Perplexity by context length")
-    return report
+    return launching.evaluate_all(evaluation, options, infos, on_result)
 
 
 def _print_row(report: PerplexityReport, label: str) -> None:
@@ -164,23 +147,15 @@ def position_table(report: PerplexityReport) -> str:
     return _table("position", rows, results)
 
 
-def _table(head: str, rows: list[str], results: dict[str, list[dict[str, Any]]]) -> str:
-    first = max(8, *map(len, rows))
-    width = max(10, *(len(label) + 2 for label in results))
-    lines = [head.rjust(first) + "".join(label.rjust(width) for label in results)]
-    for i, row in enumerate(rows):
-        values = (f"{result[i]['perplexity']:.2f}".rjust(width) for result in results.values())
-        lines.append(row.rjust(first) + "".join(values))
-    return "\n".join(lines)
+def _table(head: str, names: list[str], results: dict[str, list[Any]]) -> str:
+    rows = zip(names, *results.values(), strict=True)
+    cells = [[head, *results], *([name, *(f"{one['perplexity']:.2f}" for one in row)] for name, *row in rows)]
+    return launching.aligned(
+        cells, first=max(8, *map(len, names)), others=max(10, *(len(label) + 2 for label in results))
+    )
 
 
-def _csv_rows(report: PerplexityReport) -> list[dict[str, Any]]:
-    rows = []
-    for label, checkpoint in report["checkpoints"].items():
-        about = launching.identity(label, checkpoint) | {"data_path": report["data_path"]}
-        for result in checkpoint["results"]:
-            numbers = {"tokens": result["tokens"], "loss": result["loss"], "perplexity": result["perplexity"]}
-            window = {"length": result["length"], "start": 0, "stop": result["length"]}
-            rows.append(about | window | numbers)
-            rows += [about | {"length": result["length"], **part} for part in result.get("by_position", ())]
-    return rows
+def _csv_rows(row: PerplexityRow) -> list[dict[str, Any]]:
+    numbers = {"tokens": row["tokens"], "loss": row["loss"], "perplexity": row["perplexity"]}
+    window = {"length": row["length"], "start": 0, "stop": row["length"], **numbers}
+    return [window, *({"length": row["length"], **part} for part in row.get("by_position", ()))]

@@ -5,14 +5,15 @@ of ``length`` tokens ends with the query and, behind it, the answer: a model tha
 predicts the answer's tokens from the positions just before them (teacher forcing), and has found it when its
 most likely token is right at all of them.
 
-Random numbers come from the generator that is passed in and from nothing else. These functions need numpy
-only. Passkeys are those of Mohtashami and Jaggi (arXiv 2305.16300), associative recall follows the
-multi-query form of Arora et al. (arXiv 2312.04927).
+Random numbers come from seeds and from nothing else. This module needs numpy only. Passkeys are those of
+Mohtashami and Jaggi (arXiv 2305.16300), associative recall follows the multi-query form of Arora et al.
+(arXiv 2312.04927).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,131 +23,129 @@ from megatron_fope.common.errors import UserError
 
 Ids = NDArray[np.int64]
 
+TASKS = ("passkey", "needle", "recall")
+
+_FILLER_TOKENS = 32
+"""Length of the text that a passkey's haystack repeats."""
+
 _TRIES = 100
 """How often a key is drawn again because the haystack holds it by chance."""
 
 
-def make_passkey(
-    length: int,
-    depth: float,
-    rng: np.random.Generator,
-    *,
-    filler: Sequence[int],
-    marker: Sequence[int],
-    value_ids: Sequence[int],
-    value_tokens: int = 5,
-) -> tuple[Ids, slice]:
-    """A short text repeated over and over, somewhere in it a marker and a random value; the marker asks.
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is asked, apart from length and depth.
 
-    Args:
-        length: tokens in all.
-        depth: where the marker stands, 0 at the beginning, 1 right before the query.
-        rng: draws the value.
-        filler: the text to repeat.
-        marker: tokens in front of the value and again in the query; the same in every sequence.
-        value_ids: ids that values are drawn from.
-        value_tokens: length of the value.
+    ``passkey``: a short text repeated over and over, somewhere in it a marker and a random value; the marker
+    asks. ``needle``: a piece of the text with a random key and its random value in it; the key asks.
+    ``recall``: many pairs of a key and its value, one token each, perhaps with text between them; one key
+    that occurred once asks at the end, the others occur as often as it takes to fill the sequence.
 
-    Returns:
-        The sequence, ``[length]``, and where the answer is in it.
-
-    Raises:
-        UserError: the length does not hold marker, value, query and answer; or there is no choice of values.
+    Attributes:
+        name: one of :data:`TASKS`.
+        key_ids: ids of keys; empty: those that the text holds. For recall none of them is in the text.
+        value_ids: ids of values; empty with ``key_ids``.
+        key_tokens: length of a needle's key.
+        value_tokens: length of the answer; recall: 1.
+        marker: passkey: the tokens in front of the value; empty: ``key_tokens`` ids drawn once per seed.
+        pair_fraction: recall: part of the tokens that belongs to pairs; the rest is text.
+        own_values: recall: every key draws from values of its own, see :func:`draw_pairs`.
+        seed: of everything that is random.
     """
-    marker = np.asarray(marker, dtype=np.int64)
-    room = _room(length, depth, len(marker), value_tokens)
-    value = _values(rng, value_ids, value_tokens)
-    haystack = np.resize(np.asarray(filler, dtype=np.int64), room)
-    return _plant(haystack, depth, marker, value)
 
+    name: str
+    key_ids: tuple[int, ...]
+    value_ids: tuple[int, ...]
+    key_tokens: int
+    value_tokens: int
+    marker: tuple[int, ...] = ()
+    pair_fraction: float = 1.0
+    own_values: bool = False
+    seed: int = 1234
 
-def make_needle(
-    length: int,
-    depth: float,
-    rng: np.random.Generator,
-    *,
-    haystack: Sequence[int],
-    key_ids: Sequence[int],
-    value_ids: Sequence[int],
-    key_tokens: int = 8,
-    value_tokens: int = 5,
-) -> tuple[Ids, slice]:
-    """A piece of a text with a random key and its random value in it; the key asks.
+    def prompt(self, text: Ids, length: int, depth: float, sample: int) -> tuple[Ids, slice]:
+        """One prompt; the same for the same arguments, whatever else is evaluated and in whatever layout.
 
-    Args:
-        length: tokens in all.
-        depth: where the key stands, 0 at the beginning, 1 right before the query.
-        rng: draws the piece of text, the key and the value.
-        haystack: the text, read in a circle when it is shorter than needed.
-        key_ids: ids that keys are drawn from.
-        value_ids: ids that values are drawn from.
-        key_tokens: length of the key.
-        value_tokens: length of the value.
+        Args:
+            text: haystack, read in a circle when it is shorter than needed; may be empty for recall with
+                pairs only.
+            length: tokens in all.
+            depth: where key and value stand, 0 at the beginning, 1 right before the query.
+            sample: number of the prompt.
 
-    Returns:
-        The sequence, ``[length]``, and where the answer is in it. The key occurs in it twice: with its value
-        and as the query.
+        Returns:
+            The tokens, ``[length]``, and where the answer is.
 
-    Raises:
-        UserError: the length does not hold key, value, query and answer; there is no choice of values; or
-            the haystack holds every key that was tried.
-    """
-    room = _room(length, depth, key_tokens, value_tokens)
-    text = _piece(np.asarray(haystack), room, rng)
-    value = _values(rng, value_ids, value_tokens)
-    for _ in range(_TRIES):
-        key = rng.choice(np.asarray(key_ids, dtype=np.int64), key_tokens)
-        tokens, answer = _plant(text, depth, key, value)
-        if _count(tokens, key) == 2:
-            return tokens, answer
-    raise UserError(
-        f"--key-tokens is {key_tokens} with {len(key_ids)} key ids: the data holds every key that was tried; "
-        "use longer keys, or ids that the data does not hold"
-    )
+        Raises:
+            UserError: a prompt like this cannot be built.
+        """
+        rng = np.random.default_rng([self.seed, length, round(depth * 1_000_000), sample])
+        room = self._room(length, depth)
+        if self.name == "passkey":
+            marker = self.marker or np.random.default_rng(self.seed).choice(self.key_ids, self.key_tokens)
+            value = _values(rng, self.value_ids, self.value_tokens)
+            tokens = _plant(np.resize(text[:_FILLER_TOKENS], room), depth, np.asarray(marker), value)
+        elif self.name == "needle":
+            tokens = self._needle(text, room, depth, rng)
+        else:
+            keys, values = draw_pairs(rng, self.key_ids, self.value_ids, own_values=self.own_values)
+            asked = rng.integers(len(keys))
+            others = np.delete(np.arange(len(keys)), asked)
+            between = text if self.pair_fraction < 1 else ()
+            before = round(depth * room)
+            first, last = (
+                mix_pairs(
+                    size,
+                    rng,
+                    keys[others],
+                    values[others],
+                    haystack=between,
+                    pair_fraction=self.pair_fraction,
+                )
+                for size in (before, room - before)
+            )
+            pair = np.array([keys[asked], values[asked]])
+            tokens = np.concatenate([first, pair, last, pair])
+        return tokens, slice(length - self.value_tokens, length)
 
+    def _needle(self, text: Ids, room: int, depth: float, rng: np.random.Generator) -> Ids:
+        text = _piece(text, room, rng)
+        value = _values(rng, self.value_ids, self.value_tokens)
+        for _ in range(_TRIES):
+            key = rng.choice(np.asarray(self.key_ids, dtype=np.int64), self.key_tokens)
+            tokens = _plant(text, depth, key, value)
+            if _count(tokens, key) == 2:
+                return tokens
+        raise UserError(
+            f"--key-tokens is {self.key_tokens} with {len(self.key_ids)} key ids: the data holds every key "
+            "that was tried; use longer keys, or ids that the data does not hold"
+        )
 
-def make_recall(
-    length: int,
-    depth: float,
-    rng: np.random.Generator,
-    *,
-    key_ids: Sequence[int],
-    value_ids: Sequence[int],
-    own_values: bool = False,
-    haystack: Sequence[int] = (),
-    pair_fraction: float = 1.0,
-) -> tuple[Ids, slice]:
-    """Many pairs of a key and its value, one token each; one key that occurred once asks at the end.
+    def _room(self, length: int, depth: float) -> int:
+        """Tokens of haystack in a sequence that holds key and value twice."""
+        if not 0 <= depth <= 1:
+            raise UserError(f"--depths is {depth:g}; allowed: numbers from 0 to 1")
+        if length < self.shortest_length:
+            raise UserError(
+                f"--lengths is {length}; allowed: at least {self.shortest_length}, to hold a key of "
+                f"{self.shortest_length // 2 - self.value_tokens} and a value of {self.value_tokens} tokens "
+                "twice"
+            )
+        return length - self.shortest_length
 
-    The other keys occur as often as it takes to fill the sequence, each always with the same value.
+    @property
+    def shortest_length(self) -> int:
+        """Tokens that key and value need, twice each."""
+        if self.name == "recall":
+            return 4
+        return 2 * (len(self.marker) or self.key_tokens) + 2 * self.value_tokens
 
-    Args:
-        length: tokens in all.
-        depth: where the pair that is asked for stands, 0 at the beginning, 1 right before the query.
-        rng: draws the values of all keys, their order, the pieces of text and the key that asks.
-        key_ids: the keys, at least 2, none of them in the haystack.
-        value_ids: ids that values are drawn from.
-        own_values: every key draws from values of its own, see :func:`draw_pairs`.
-        haystack: text between the pairs, read in a circle; empty: pairs only.
-        pair_fraction: part of the tokens, in (0, 1], that belongs to pairs; the rest is the haystack's.
-
-    Returns:
-        The sequence, ``[length]``, and where the answer is in it (one token).
-
-    Raises:
-        UserError: the length does not hold pair, query and answer; or there are too few keys or values.
-    """
-    keys, values = draw_pairs(rng, key_ids, value_ids, own_values=own_values)
-    asked = rng.integers(len(keys))
-    others = np.delete(np.arange(len(keys)), asked)
-    room = _room(length, depth, 1, 1)
-    before = round(depth * room)
-    parts = [
-        mix_pairs(size, rng, keys[others], values[others], haystack=haystack, pair_fraction=pair_fraction)
-        for size in (before, room - before)
-    ]
-    pair = np.array([keys[asked], values[asked]])
-    return np.concatenate([parts[0], pair, parts[1], pair]), slice(length - 1, length)
+    @property
+    def chance(self) -> float:
+        """Accuracy of an answer drawn at random from the values it can have."""
+        if self.own_values:
+            return 1 / (len(self.value_ids) // len(self.key_ids))
+        return len(set(self.value_ids)) ** -float(self.value_tokens)
 
 
 def draw_pairs(
@@ -224,19 +223,6 @@ def mix_pairs(
     return tokens
 
 
-def _room(length: int, depth: float, key_tokens: int, value_tokens: int) -> int:
-    """Tokens of haystack in a sequence that holds key and value twice."""
-    if not 0 <= depth <= 1:
-        raise UserError(f"--depths is {depth:g}; allowed: numbers from 0 to 1")
-    needed = 2 * (key_tokens + value_tokens)
-    if length < needed:
-        raise UserError(
-            f"--lengths is {length}; allowed: at least {needed}, to hold a key of {key_tokens} and a "
-            f"value of {value_tokens} tokens twice"
-        )
-    return length - needed
-
-
 def _values(rng: np.random.Generator, value_ids: Sequence[int], count: int) -> Ids:
     if len(set(value_ids)) < 2:
         raise UserError(f"the values are {len(set(value_ids))} different ids; allowed: 2 or more")
@@ -251,10 +237,9 @@ def _piece(text: NDArray[Any], count: int, rng: np.random.Generator) -> Ids:
     return text[(first + np.arange(count)) % len(text)]
 
 
-def _plant(haystack: Ids, depth: float, key: Ids, value: Ids) -> tuple[Ids, slice]:
+def _plant(haystack: Ids, depth: float, key: Ids, value: Ids) -> Ids:
     before = round(depth * len(haystack))
-    tokens = np.concatenate([haystack[:before], key, value, haystack[before:], key, value])
-    return tokens, slice(len(tokens) - len(value), len(tokens))
+    return np.concatenate([haystack[:before], key, value, haystack[before:], key, value])
 
 
 def _count(tokens: Ids, key: Ids) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypedDict
 
@@ -11,82 +11,8 @@ import numpy as np
 
 from megatron_fope.common.errors import UserError
 from megatron_fope.tools.evaluation.model import Batch, sum_over_batches
-from megatron_fope.tools.evaluation.prompts import Ids, make_needle, make_passkey, make_recall
+from megatron_fope.tools.evaluation.prompts import Ids, Task
 from megatron_fope.tools.evaluation.tokens import read_tokens
-
-TASKS = ("passkey", "needle", "recall")
-
-_FILLER_TOKENS = 32
-"""Length of the text that a passkey's haystack repeats."""
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What is asked, apart from length and depth; see :mod:`megatron_fope.tools.evaluation.prompts`.
-
-    Attributes:
-        name: one of :data:`TASKS`.
-        key_ids: ids of keys; empty: those that the text holds.
-        value_ids: ids of values; empty with ``key_ids``.
-        key_tokens: length of a needle's key.
-        value_tokens: length of the answer.
-        marker: passkey: the tokens in front of the value; empty: ``key_tokens`` ids drawn once per seed.
-        pair_fraction: recall: part of the tokens that belongs to pairs; the rest is text.
-        own_values: recall: every key has values of its own.
-        seed: of everything that is random.
-    """
-
-    name: str
-    key_ids: tuple[int, ...]
-    value_ids: tuple[int, ...]
-    key_tokens: int
-    value_tokens: int
-    marker: tuple[int, ...] = ()
-    pair_fraction: float = 1.0
-    own_values: bool = False
-    seed: int = 1234
-
-    def prompt(self, text: Ids, length: int, depth: float, sample: int) -> tuple[Ids, slice]:
-        """One prompt; the same for the same arguments, whatever else is evaluated and in whatever layout.
-
-        Args:
-            text: haystack; may be empty for recall with pairs only.
-            length: tokens in all.
-            depth: 0 to 1.
-            sample: number of the prompt.
-
-        Returns:
-            The tokens, ``[length]``, and where the answer is.
-
-        Raises:
-            UserError: a prompt like this cannot be built.
-        """
-        rng = np.random.default_rng([self.seed, length, round(depth * 1_000_000), sample])
-        ids = {"value_ids": self.value_ids}
-        if self.name == "recall":
-            between = text if self.pair_fraction < 1 else ()
-            ids |= {"key_ids": self.key_ids, "own_values": self.own_values}
-            return make_recall(length, depth, rng, haystack=between, pair_fraction=self.pair_fraction, **ids)
-        sizes = {"value_tokens": self.value_tokens}
-        if self.name == "needle":
-            sizes["key_tokens"] = self.key_tokens
-            return make_needle(length, depth, rng, haystack=text, key_ids=self.key_ids, **ids, **sizes)
-        marker = self.marker or np.random.default_rng(self.seed).choice(self.key_ids, self.key_tokens)
-        return make_passkey(length, depth, rng, filler=text[:_FILLER_TOKENS], marker=marker, **ids, **sizes)
-
-    @property
-    def shortest_length(self) -> int:
-        """Tokens that key and value need, twice each."""
-        if self.name == "recall":
-            return 4
-        return 2 * (len(self.marker) or self.key_tokens) + 2 * self.value_tokens
-
-    @property
-    def chance(self) -> float:
-        """Accuracy of an answer drawn at random from the values it can have."""
-        if self.own_values:
-            return 1 / (len(self.value_ids) // len(self.key_ids))
-        return len(set(self.value_ids)) ** -float(self.value_tokens)
 
 
 class RetrievalRow(TypedDict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from megatron_fope.checkpoint.reader import Checkpoint
 from megatron_fope.common.command_line import number, whole
 from megatron_fope.common.errors import UserError
 from megatron_fope.tools.data import read_sidecar
-from megatron_fope.tools.evaluation import launching
-from megatron_fope.tools.evaluation.options import EvaluationOptions, add_flags, listed, options_from
-from megatron_fope.tools.evaluation.retrieval import TASKS, RetrievalRow, Task, retrieval_by_length
+from megatron_fope.tools.evaluation import launching, plot
+from megatron_fope.tools.evaluation.options import EvaluationOptions, add_flags, listed, option, options_from
+from megatron_fope.tools.evaluation.prompts import TASKS, Task
+from megatron_fope.tools.evaluation.retrieval import RetrievalRow, retrieval_by_length
 from megatron_fope.tools.evaluation.tokens import (
-    DATA_FILES,
     check_data,
     check_vocabulary,
     read_tokens,
@@ -49,94 +49,57 @@ class RetrievalOptions(EvaluationOptions):
         UserError: a number out of range.
     """
 
-    data_path: str | Path = field(
-        metadata={
-            "metavar": "PREFIX",
-            "help": "the text to search, PREFIX.bin and PREFIX.idx; or a dataset of make-recall-data, which "
-            "says what to ask",
-        }
+    data_path: str | Path = option(
+        "the text to search, PREFIX.bin and PREFIX.idx; or a dataset of make-recall-data, which says what to "
+        "ask",
+        metavar="PREFIX",
     )
-    task: str | None = field(
-        default=None,
-        metadata={
-            "choices": TASKS,
-            "help": "passkey: one marked value in a text that repeats. needle: a random key and its value in "
-            "real text. recall: one of many pairs of key and value. Default: recall for make-recall-data, "
-            "else needle",
-        },
+    task: str | None = option(
+        "passkey: one marked value in a text that repeats. needle: a random key and its value in real text. "
+        "recall: one of many pairs of key and value. Default: recall for make-recall-data, else needle",
+        None,
+        choices=TASKS,
     )
-    lengths: Sequence[int] | None = field(
-        default=None,
-        metadata={
-            "type": listed(int, _LENGTHS),
-            "metavar": "N,N,...",
-            "help": "prompt lengths in tokens, answer included. Default: 1 to 16 times the first "
-            "checkpoint's train length",
-        },
+    lengths: Sequence[int] | None = option(
+        "prompt lengths in tokens, answer included. Default: 1 to 16 times the first checkpoint's train "
+        "length",
+        None,
+        type=listed(int, _LENGTHS),
+        metavar="N,N,...",
     )
-    depths: Sequence[float] = field(
-        default=(0.0, 0.25, 0.5, 0.75, 1.0),
-        metadata={
-            "type": listed(float, _DEPTHS),
-            "metavar": "D,D,...",
-            "help": "where the answer stands, 0: at the beginning, 1: right before the query (default: "
-            "0,0.25,0.5,0.75,1)",
-        },
+    depths: Sequence[float] = option(
+        "where the answer stands, 0: at the beginning, 1: right before the query "
+        "(default: 0,0.25,0.5,0.75,1)",
+        (0.0, 0.25, 0.5, 0.75, 1.0),
+        type=listed(float, _DEPTHS),
+        metavar="D,D,...",
     )
-    samples: int = field(
-        default=20,
-        metadata={"type": whole(), "metavar": "N", "help": "prompts per length and depth (default: 20)"},
+    samples: int = option("prompts per length and depth (default: 20)", 20, type=whole(), metavar="N")
+    seed: int = option("of the prompts (default: 1234)", 1234, type=whole(), metavar="N")
+    key_ids: range | None = option(
+        "ids of keys. Default: make-recall-data's, else the data's", None, type=_ids, metavar="FIRST:STOP"
     )
-    seed: int = field(
-        default=1234, metadata={"type": whole(), "metavar": "N", "help": "of the prompts (default: 1234)"}
+    value_ids: range | None = option(
+        "ids of values. Default: as for keys", None, type=_ids, metavar="FIRST:STOP"
     )
-    key_ids: range | None = field(
-        default=None,
-        metadata={
-            "type": _ids,
-            "metavar": "FIRST:STOP",
-            "help": "ids of keys. Default: make-recall-data's, else the data's",
-        },
+    key_tokens: int = option(
+        "needle, passkey without --tokenizer: key length (default: 8)", 8, type=whole(), metavar="N"
     )
-    value_ids: range | None = field(
-        default=None,
-        metadata={"type": _ids, "metavar": "FIRST:STOP", "help": "ids of values. Default: as for keys"},
+    value_tokens: int | None = option(
+        "answer length (default: 5; recall: always 1)", None, type=whole(), metavar="N"
     )
-    key_tokens: int = field(
-        default=8,
-        metadata={
-            "type": whole(),
-            "metavar": "N",
-            "help": "needle, passkey without --tokenizer: key length (default: 8)",
-        },
+    pair_fraction: float | None = option(
+        "recall: part of the tokens that belongs to pairs. Default: as in the data, else 1",
+        None,
+        type=number(),
+        metavar="F",
     )
-    value_tokens: int | None = field(
-        default=None,
-        metadata={
-            "type": whole(),
-            "metavar": "N",
-            "help": "answer length (default: 5; recall: always 1)",
-        },
+    tokenizer: str | Path | None = option(
+        "passkey: mark the value with a text and draw it from the digits; as for prepare-data",
+        None,
+        metavar="bytes|PATH",
     )
-    pair_fraction: float | None = field(
-        default=None,
-        metadata={
-            "type": number(),
-            "metavar": "F",
-            "help": "recall: part of the tokens that belongs to pairs. Default: as in the data, else 1",
-        },
-    )
-    tokenizer: str | Path | None = field(
-        default=None,
-        metadata={
-            "metavar": "bytes|PATH",
-            "help": "passkey: mark the value with a text and draw it from the digits; as for prepare-data",
-        },
-    )
-    marker: str = field(
-        default="The pass key is ",
-        metadata={"metavar": "TEXT", "help": "that text (default: 'The pass key is ')"},
-    )
+    marker: str = option("that text (default: %(default)r)", "The pass key is ", metavar="TEXT")
 
     def __post_init__(self) -> None:
         if self.lengths is not None and (not self.lengths or min(self.lengths) < 1):
@@ -202,8 +165,6 @@ def evaluate_retrieval(
     """
     check_data(options.data_path)
     if options.picture is not None:
-        from megatron_fope.tools.evaluation import plot
-
         plot.require_matplotlib()
     task, text = task_of(options)
     infos = launching.read_checkpoints(options)
@@ -217,8 +178,7 @@ def evaluate_retrieval(
     for info in infos.values():
         _check_vocabulary(task, info)
     prefixes = {str(options.data_path), text}
-    files = (f"{prefix}.{end}" for prefix in prefixes for end in DATA_FILES)
-    options.check_outputs([*files, *options.checkpoints.values()])
+    options.check_outputs(*prefixes)
     for prefix in prefixes:
         check_vocabulary(prefix, read_tokens(prefix, _TEXT_TOKENS), infos.values())
     recall = task.name == "recall"
@@ -232,10 +192,8 @@ def evaluate_retrieval(
         "pair_fraction": task.pair_fraction if recall else None,
         "chance": task.chance if task.value_ids else None,
     }
-    report: RetrievalReport = launching.evaluate_all(
-        options,
-        infos,
-        partial(
+    evaluation = launching.Evaluation(
+        measure=partial(
             retrieval_by_length,
             task=task,
             text_path=text,
@@ -245,19 +203,14 @@ def evaluate_retrieval(
             samples=options.samples,
             tokens_per_batch=options.tokens_per_batch,
         ),
-        settings,
+        settings=settings,
         lengths=lengths,
         tokens=len(options.depths) * options.samples * sum(lengths),
-        csv_rows=lambda report: [
-            launching.identity(label, checkpoint) | settings | row
-            for label, checkpoint in report["checkpoints"].items()
-            for row in checkpoint["results"]
-        ],
-        on_result=on_result,
+        columns=settings,
+        csv_rows=lambda row: [row],
+        draw=partial(plot.draw_heat_maps, title=options.title or "Retrieval"),
     )
-    if options.picture is not None:
-        plot.draw_heat_maps(report, options.picture, options.title or "Retrieval")
-    return report
+    return launching.evaluate_all(evaluation, options, infos, on_result)
 
 
 def _print_table(report: RetrievalReport, label: str) -> None:
@@ -272,16 +225,14 @@ def table(report: RetrievalReport) -> str:
     """Accuracy in percent as one aligned text table per checkpoint: a row per length, a column per depth."""
     blocks = []
     for label, checkpoint in report["checkpoints"].items():
-        rows = checkpoint["results"]
-        depths = sorted({row["depth"] for row in rows})
-        by_place = {(row["length"], row["depth"]): row["accuracy"] for row in rows}
-        head = "length".rjust(8) + "".join(f"{depth:g}".rjust(8) for depth in depths) + "mean".rjust(8)
-        lines = [f"{label}: {report['task']}, % of answers found, by depth", head]
-        for length in dict.fromkeys(row["length"] for row in rows):
+        by_place = {(row["length"], row["depth"]): 100 * row["accuracy"] for row in checkpoint["results"]}
+        depths = sorted({depth for _, depth in by_place})
+        cells = [["length", *(f"{depth:g}" for depth in depths), "mean"]]
+        for length in dict.fromkeys(length for length, _ in by_place):
             found = [by_place[length, depth] for depth in depths]
-            cells = "".join(f"{100 * value:.1f}".rjust(8) for value in (*found, sum(found) / len(found)))
-            lines.append(str(length).rjust(8) + cells)
-        blocks.append("\n".join(lines))
+            cells.append([str(length), *(f"{value:.1f}" for value in (*found, sum(found) / len(found)))])
+        title = f"{label}: {report['task']}, % of answers found, by depth"
+        blocks.append(f"{title}\n{launching.aligned(cells, first=8, others=8)}")
     return "\n\n".join(blocks)
 
 

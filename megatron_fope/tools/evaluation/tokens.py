@@ -11,9 +11,6 @@ from megatron_fope.common.errors import UserError
 from megatron_fope.common.log import quiet_imports
 from megatron_fope.tools.data import read_sidecar
 
-DATA_FILES = ("bin", "idx", "json")
-"""How the files of a dataset end."""
-
 
 def read_tokens(prefix: str | Path, count: int) -> Any:
     """The first tokens of a dataset, documents joined in order.

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import sys
 from pathlib import Path
 
 from megatron_fope.common.errors import exit_on_user_error
+from megatron_fope.common.log import is_rank0
+from megatron_fope.common.staging import write_text
 from megatron_fope.tools.evaluation import progress
 from megatron_fope.tools.evaluation.launching import Request
 
 
 def main(folder: str) -> None:
-    """Evaluate as ``folder/request`` says; rank 0 writes ``folder/results.json``."""
+    """Evaluate as ``folder/request`` says; rank 0 writes ``folder/0.json`` for the first checkpoint, ..."""
     request: Request = pickle.loads(Path(folder, "request").read_bytes())
-    sys.argv = ["megatron-fope", *request.flags]
+    from megatron_fope.tools.evaluation import model
     from megatron_fope.training.launch import prepare
 
-    prepare(cpu=request.cpu)
+    if is_rank0():
+        progress.count_in(Path(folder, "progress"))
+    for number, (checkpoint, flags) in enumerate(request.checkpoints):
+        if number:
+            model.unload_models()
+        sys.argv = ["megatron-fope", *flags]
+        prepare(cpu=request.cpu)
+        results = request.measure(model.load_model(checkpoint))
+        if is_rank0():
+            write_text(Path(folder, f"{number}.json"), json.dumps(results))
     import torch
 
-    from megatron_fope.tools.evaluation.model import load_model
-
-    if os.environ["RANK"] == "0":
-        progress.count_in(Path(folder, "progress"))
-    results = request.measure(load_model(request.checkpoint))
-    if torch.distributed.get_rank() == 0:
-        Path(folder, "results.json").write_text(json.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
