@@ -34,6 +34,11 @@ def num_kv_heads_of(args: Any) -> int | None:
     return getattr(args, "num_query_groups" if grouped else "num_attention_heads", None)
 
 
+def train_length_of(args: Any) -> int:
+    """Sequence length of a training, in tokens; FoPE's own train length where there is one."""
+    return getattr(args, "fope_train_length", None) or args.seq_length
+
+
 def is_hybrid(args: Any) -> bool:
     """Whether Megatron's arguments ask for a hybrid model."""
     return getattr(args, "hybrid_layer_pattern", None) is not None

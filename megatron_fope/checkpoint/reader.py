@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_fope.arguments.megatron import train_length_of
 from megatron_fope.checkpoint import inert
 from megatron_fope.checkpoint.files import (
     describe_error,
@@ -235,11 +236,6 @@ def open_checkpoint(folder: str | Path, iteration: int | str | None = None, *, n
     if missing := _missing_coefficient(checkpoint):
         raise refuse(f"{path} has no {missing}")
     return checkpoint
-
-
-def train_length_of(args: Any) -> int:
-    """Sequence length of a training, in tokens; FoPE's own train length where there is one."""
-    return getattr(args, "fope_train_length", None) or args.seq_length
 
 
 def is_optimizer(name: str) -> bool:

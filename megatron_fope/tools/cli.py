@@ -112,7 +112,7 @@ def _run(argv: list[str], cpu: bool) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"megatron-fope {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="megatron-fope")
+    commands = parser.add_subparsers(metavar="COMMAND", prog="megatron-fope")
     asked = COMMANDS.get(argv[0]) if argv else None
     for name, one in COMMANDS.items():
         own = commands.add_parser(name, help=one.help)

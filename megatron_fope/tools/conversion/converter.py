@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fope.checkpoint.reader import Checkpoint, open_checkpoint, train_length_of
+from megatron_fope.arguments.megatron import train_length_of
+from megatron_fope.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.staging import leftovers
 from megatron_fope.tools.conversion import settings, writing

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megatron_fope").setLevel(logging.INFO)
-    done = prepare_data(**{name: value for name, value in vars(args).items() if name != "command"})
+    done = prepare_data(**vars(args))
     print(
         f"read {done.files} files, {done.text_bytes / 1e6:.1f} MB of text in {done.seconds:.1f} s; "
         f"left out {done.empty_documents} empty documents and {len(done.skipped)} bad files or lines"

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: see :func:`make_recall_data`.
     """
-    done = make_recall_data(**{name: value for name, value in vars(args).items() if name != "command"})
+    done = make_recall_data(**vars(args))
     keys, values = (f"{ids.start}-{ids.stop - 1}" for ids in (done.key_ids, done.value_ids))
     print(
         f"wrote {done.train.prefix}.bin, .idx, .json: {done.train.documents} documents, {done.train.tokens} "

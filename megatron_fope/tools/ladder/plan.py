@@ -33,7 +33,7 @@ from megatron_fope.arguments.flags import (
     resolve_fope_arguments,
 )
 from megatron_fope.arguments.layout import Layout, check_layout
-from megatron_fope.arguments.megatron import head_dim_of
+from megatron_fope.arguments.megatron import head_dim_of, train_length_of
 from megatron_fope.arguments.parser import megatron_parser, parse
 from megatron_fope.arguments.rope import ROPE_TYPES
 from megatron_fope.checkpoint.arguments import check_legacy_layout
@@ -246,7 +246,7 @@ def _check(args: Any, source: Source) -> None:
     Raises:
         UserError: naming the flag.
     """
-    before = _train_length(source.args)
+    before = train_length_of(source.args)
     if args.seq_length < before:
         raise UserError(
             f"--seq-length is {args.seq_length}, but {source.where} was trained with {before}; "
@@ -305,10 +305,6 @@ def _check_source(args: Any, source: Source) -> None:
         check_legacy_layout(args, stored, source.where)
 
 
-def _train_length(args: Any) -> int:
-    return getattr(args, "fope_train_length", None) or args.seq_length
-
-
 def _notes(args: Any, source: Source) -> list[str]:
     """What a stage does, for the one who reads the plan."""
     length, batch = args.seq_length, args.global_batch_size * args.seq_length
@@ -325,7 +321,7 @@ def _notes(args: Any, source: Source) -> list[str]:
         f"{length} tokens, {args.train_iters} iterations of {args.global_batch_size} sequences "
         f"({batch:,} tokens), {args.train_iters * batch:,} tokens in all, lr {args.lr:g}",
         f"{args.world_size} ranks: {shown}; {length // layout.cp} tokens of a sequence on a rank",
-        f"from {source.where} ({kind}, {_train_length(source.args)} tokens{known})",
+        f"from {source.where} ({kind}, {train_length_of(source.args)} tokens{known})",
         f"rotary base {base if float(before) == float(args.rotary_base) else f'{before:g} -> {base}'}, "
         f"{kept} of {kept + args.fope_clipped_frequencies} frequencies kept, {args.fope_series} of {pairs} "
         "channel pairs with a series",
