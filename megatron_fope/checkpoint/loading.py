@@ -220,8 +220,7 @@ def _coefficient_names(template: Any) -> dict[str, list[str]]:
 
 def _names_beside_attention(state: Any, args: Any) -> dict[str, list[str]]:
     """Names that coefficients must have where nothing but the file's own names is known."""
-    both = fope_config_from_args(args).separate_basis
-    leaves = ("sin_coef", "cos_coef") if both else ("fourier_coef",)
+    leaves = fope_config_from_args(args).coefficient_names
     projection = "self_attention.linear_qkv.weight"
     return {
         part: [
