@@ -114,17 +114,24 @@ class Checkpoint:
         """Whether the arguments are an entry of the table of contents and not a file."""
         return not (self.path / COMMON_FILE).exists()
 
-    def read_tensor(self, name: str) -> Tensor:
-        """A whole tensor, on the CPU; its parts are put together.
+    def read_tensor(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
+        """A tensor on the CPU; its parts are put together.
+
+        Args:
+            name: one of :attr:`tensors`.
+            index: in the leading dimensions, for example a layer of stacked ones; nothing else is read.
 
         Raises:
             UserError: a part is missing or cannot be read, because its file is damaged.
         """
-        entry = self.tensors[name]
+        entry, leading = self.tensors[name], len(index)
         places = {tuple(i.offset or ()): s for i, s in self.metadata.storage_data.items() if i.fqn == name}
-        value = torch.empty(entry.size, dtype=entry.properties.dtype)
+        value = torch.empty(entry.size[leading:], dtype=entry.properties.dtype)
         count = 0
         for chunk in entry.chunks:
+            inside = tuple(i - o for i, o in zip(index, chunk.offsets, strict=False))
+            if not all(0 <= i < n for i, n in zip(inside, chunk.sizes, strict=False)):
+                continue
             place = places.get(tuple(chunk.offsets))
             if place is None:
                 continue
@@ -135,7 +142,9 @@ class Checkpoint:
             except Exception as error:
                 file = self.path / place.relative_path
                 raise UserError(f"{file}: {name} cannot be read ({describe_error(error)})") from None
-            value[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = part
+            part = part[inside]
+            bounds = zip(chunk.offsets[leading:], chunk.sizes[leading:], strict=True)
+            value[tuple(slice(o, o + n) for o, n in bounds)] = part
             count += part.numel()
         if count < value.numel():
             raise UserError(f"{self.path} has only a part of {name}")

@@ -12,7 +12,8 @@ only for        helpers
 up to 0.17      ``count_document_tokens``, ``has_mtp_layers``, ``hybrid_stack_classes``,
                 ``hybrid_stack_module``, ``hybrid_stack_spec``, ``initialize_megatron``,
                 ``known_attributes``, ``model_classes``, ``modules_that_import``,
-                ``null_tokenizer_flags``, ``reads_packed_batches``, ``token_positions``
+                ``null_tokenizer_adds``, ``null_tokenizer_flags``, ``reads_packed_batches``,
+                ``token_positions``
 up to 0.18      ``builder_config``, ``keep_on_device``, ``known_fields``, ``known_parameters``,
                 ``read_batch``, ``rope_arguments``, ``run_pretraining``,
                 ``slice_batch_for_context_parallelism``, ``yarn_settings``
@@ -24,7 +25,12 @@ all so far      ``repair_checkpoint_metadata_reader``, ``prepare_dataset_helpers
 
 from __future__ import annotations
 
-from megatron_fope.compat.arguments import modules_that_import, null_tokenizer_flags, repair_help_texts
+from megatron_fope.compat.arguments import (
+    modules_that_import,
+    null_tokenizer_adds,
+    null_tokenizer_flags,
+    repair_help_texts,
+)
 from megatron_fope.compat.backends import chosen_libraries
 from megatron_fope.compat.checkpoints import repair_checkpoint_metadata_reader
 from megatron_fope.compat.data import (

@@ -51,5 +51,10 @@ def null_tokenizer_flags(vocab_size: int) -> list[str]:
     Args:
         vocab_size: number of ids, the end of document included.
     """
-    size = vocab_size if megatron_version().release >= (0, 18) else vocab_size - 1
+    size = vocab_size - null_tokenizer_adds()
     return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(size)]
+
+
+def null_tokenizer_adds() -> int:
+    """Ids that ``NullTokenizer`` has beside the ``--vocab-size`` ones."""
+    return int(megatron_version().release < (0, 18))

@@ -44,6 +44,7 @@ class Command:
 
 
 _CONVERSION = "tools.conversion.command"
+_HUGGING_FACE = "tools.huggingface.command"
 COMMANDS = {
     "prepare-data": Command("tools.data.command", "text to Megatron's .bin/.idx"),
     "make-recall-data": Command("tools.data.recall_command", "associative recall to train on"),
@@ -58,6 +59,12 @@ COMMANDS = {
         "RoPE checkpoint to FoPE, FoPE to a longer FoPE, or back, without rewriting the data",
         add="add_convert",
         run="run_convert",
+    ),
+    "import": Command(
+        _HUGGING_FACE, "a model of Hugging Face as a checkpoint", add="add_import", run="run_import"
+    ),
+    "export": Command(
+        _HUGGING_FACE, "a checkpoint as a model of Hugging Face", add="add_export", run="run_export"
     ),
     "inspect": Command(_CONVERSION, "what a checkpoint holds", add="add_inspect", run="run_inspect"),
     "diff": Command(_CONVERSION, "how two checkpoints differ", add="add_diff", run="run_diff"),

@@ -11,7 +11,6 @@ import io
 import os
 import pickle
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,10 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_fope.checkpoint.reader import open_checkpoint
-from megatron_fope.common.errors import UserError, exit_on_user_error
+from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
 from megatron_fope.tools.data import prepare_data
 from megatron_fope.tools.evaluation import launching
-
-sys.path.insert(0, str(ROOT / "examples" / "pretrain"))
-import export
 
 COEFFICIENT = "decoder.layers.self_attention.fope.sin_coef"
 RUN = {
@@ -205,11 +201,7 @@ def run(
     def run(command: str) -> str:
         words = COMMANDS[command].format(c=tmp_path / "c", d=text).split()
         with pytest.raises(SystemExit) as stop:
-            if words[0] == "export":
-                with exit_on_user_error():
-                    export.export(*words[1:])
-            else:
-                main(*words)
+            main(*words)
         error = capsys.readouterr().err
         assert stop.value.code == 2, error
         assert error.count("\n") == 1 and error.startswith("megatron-fope: error: "), error

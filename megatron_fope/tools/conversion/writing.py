@@ -11,6 +11,7 @@ import copy
 import errno
 import fcntl
 import io
+import json
 import os
 import pickle
 import shutil
@@ -37,6 +38,16 @@ are safe from whoever writes into the new folder later."""
 
 _FICLONE = 0x40049409
 """Linux's request for a file that shares its blocks with another one until either is written."""
+
+_FILE_SIZE = 5 * 2**30
+"""Bytes after which a new checkpoint gets another data file."""
+
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 _OWN_FILES = {METADATA, COMMON_FILE, "metadata.json"}
 """Files that every checkpoint has for itself."""
@@ -98,6 +109,52 @@ def write(
             "there"
         ) from error
     return written
+
+
+def create(target: Path, common: dict[str, Any], parts: Iterable[Part], empty: Iterable[str]) -> None:
+    """Write a checkpoint that has no source; its iteration is "release".
+
+    Args:
+        target: the new folder; must not exist.
+        common: what is no tensor, by Megatron's names.
+        parts: every tensor, in pieces.
+        empty: names of further entries, which hold nothing.
+
+    Raises:
+        UserError: the disk is full. Nothing is left.
+    """
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+    try:
+        with staging_folder(target) as folder:
+            new = folder / target.name
+            iteration = new / iteration_folder("release")
+            iteration.mkdir(parents=True)
+            metadata = Metadata(state_dict_metadata={}, storage_data={})
+            data = _DataFile(iteration, metadata)
+            for part in parts:
+                if data.size > _FILE_SIZE:
+                    data.close()
+                    data = _DataFile(iteration, metadata)
+                data.add(part)
+            for name in empty:
+                metadata.state_dict_metadata[name] = BytesStorageMetadata()
+                data.replace(name, [None])
+            data.close()
+            buffer = io.BytesIO()
+            inert.save(common, buffer)
+            _write(iteration / COMMON_FILE, buffer.getvalue())
+            _write(iteration / METADATA, pickle.dumps(metadata))
+            _write(iteration / "metadata.json", json.dumps(_FORMAT).encode())
+            _write(new / TRACKER, b"release")
+            _sync(iteration)
+            new.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        raise UserError(
+            f"CHECKPOINT is {str(target)!r}: it cannot be written ({error.strerror or error}); nothing was "
+            "left there"
+        ) from error
 
 
 def _build(
@@ -173,6 +230,11 @@ class _DataFile:
         buffer = io.BytesIO()
         inert.save(value, buffer)
         self._store(name, None, buffer)
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return self._position
 
     def close(self) -> int:
         """Write the file to disk; returns its size in bytes."""

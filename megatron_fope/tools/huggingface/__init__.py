@@ -1,4 +1,4 @@
-"""Hugging Face: the model file that travels with exported weights."""
+"""Models between Megatron's checkpoints and Hugging Face's folders, in both directions."""
 
 from __future__ import annotations
 

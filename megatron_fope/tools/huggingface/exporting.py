@@ -1,0 +1,286 @@
+"""``megatron-fope export``: a Megatron checkpoint as a folder of Hugging Face."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_fope import compat
+from megatron_fope.arguments.flags import fope_config_of_checkpoint
+from megatron_fope.checkpoint.reader import Checkpoint, is_optimizer, open_checkpoint
+from megatron_fope.common.errors import UserError
+from megatron_fope.common.staging import staging_folder
+from megatron_fope.tools.huggingface import settings
+from megatron_fope.tools.huggingface.families import EMBEDDING, FINAL_NORM, OUTPUT, Weight, layer_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    folder: Path
+    architecture: str
+    num_parameters: int
+    max_length: int
+    """``max_position_embeddings``, tokens."""
+    removed_rows: int
+    """Of the embedding: padding of the vocabulary."""
+    tokenizer: bool
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of the new folder."""
+
+    empty: Tensor
+    """On the device "meta"."""
+    read: Callable[[], Tensor]
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    iteration: int | str | None = None,
+    tokenizer: str | Path | None = None,
+    max_length: int | None = None,
+    shard_size: str = SHARD_SIZE,
+    dtype: str | None = None,
+) -> Exported:
+    """Write a checkpoint as a folder that ``transformers`` and the engines built on it load.
+
+    RoPE models become plain models of their family. FoPE models become their family's with
+    ``modeling_fope.py`` beside the weights, which is loaded with ``trust_remote_code=True``. Weights are read
+    and written one shard at a time; nothing else is held in memory.
+
+    Args:
+        checkpoint: folder made by ``--save`` with ``--ckpt-format torch_dist``, of any layout.
+        out: the new folder; it appears when it is whole.
+        iteration: number or "release"; None: the latest.
+        tokenizer: folder of a Hugging Face tokenizer to put beside the weights; None: none.
+        max_length: ``max_position_embeddings``, the longest text in tokens that engines accept; None: the
+            length that the model was trained with.
+        shard_size: largest size of a file, for example "5GB".
+        dtype: one of :data:`DTYPES` for the weights; None: as stored. Coefficients are always float32.
+
+    Raises:
+        UserError: no such checkpoint, a model that no family has, a tokenizer with more ids than the model,
+            ``out`` exists or cannot be written. Nothing is left then.
+    """
+    try:
+        import huggingface_hub  # noqa: F401
+        import safetensors.torch  # noqa: F401
+    except ImportError as error:
+        name = (error.name or "").partition(".")[0]
+        raise UserError(f"export needs {name}; install it with: pip install {name}") from None
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        raise UserError(f"OUT is {str(out)!r}, which exists; use a new folder")
+    source = open_checkpoint(checkpoint, iteration, name="CHECKPOINT")
+    where = f"CHECKPOINT is {str(source.folder)!r}"
+    if source.metadata is None:
+        raise UserError(f"{where}: its format is torch (legacy); allowed: torch_dist")
+    stored = source.tensors.get(EMBEDDING[0])
+    if stored is None:
+        raise UserError(f"{where}: it has no {EMBEDDING[0]}")
+    rows = stored.size[0]
+    vocab_size = min(_vocab_size(source.args) or rows, rows)
+    config = settings.config_of(source, vocab_size, max_length, where)
+    kept = DTYPES[dtype] if dtype else None
+    config["dtype"] = config["torch_dtype"] = str(kept or stored.properties.dtype).removeprefix("torch.")
+    special = _special_tokens(tokenizer, vocab_size)
+    config |= special
+    tensors = dict(_tensors(source, config, kept, where))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with staging_folder(out) as staging:
+            new = staging / out.name
+            new.mkdir()
+            _write_weights(tensors, new, shard_size)
+            if tokenizer is not None:
+                _write_tokenizer(tokenizer, new, special)
+            if "auto_map" in config:
+                name = f"{settings.MODELING}.py"
+                shutil.copyfile(Path(__file__).with_name(name), new / name)
+            # Last: without it nothing loads.
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            new.rename(out)
+    except OSError as error:
+        raise UserError(f"OUT is {str(out)!r}: it cannot be written ({error})") from None
+    return Exported(
+        folder=out,
+        architecture=config["architectures"][0],
+        num_parameters=sum(tensor.empty.numel() for tensor in tensors.values()),
+        max_length=config["max_position_embeddings"],
+        removed_rows=rows - vocab_size,
+        tokenizer=tokenizer is not None,
+    )
+
+
+def _vocab_size(args: Any) -> int | None:
+    """Ids of the model, as far as the arguments tell; its embedding may have more rows."""
+    size = getattr(args, "vocab_size", None)
+    if size and getattr(args, "tokenizer_type", None) == "NullTokenizer":
+        return size + compat.null_tokenizer_adds()
+    return size
+
+
+# Weights ------------------------------------------------------------------------------------------
+
+
+def _tensors(
+    source: Checkpoint, config: dict[str, Any], dtype: torch.dtype | None, where: str
+) -> Iterator[tuple[str, _Tensor]]:
+    """Every tensor of the new folder by name, in the order in which they are written.
+
+    Raises:
+        UserError: one is missing or of another size, or one is left that the family has no place for.
+    """
+    fope = fope_config_of_checkpoint(source.args, source.args) if "fope" in config else None
+    names = fope.coefficient_names if fope else ()
+    family = settings.family_of(source.args, where)
+    shape = settings.shape_of_args(source.args, fope)
+    left = {name for name in source.tensors if not is_optimizer(name)}
+    read = functools.lru_cache(maxsize=2)(source.read_tensor)
+
+    def place(weight: Weight, layer: int, *rest: int) -> tuple[str, tuple[int, ...]]:
+        """Where a layer's tensor is: Megatron stacks those of equal layers."""
+        names = (weight.megatron, weight.also) if weight.also else (weight.megatron,)
+        places = {f"decoder.layers.{name}": (layer, *rest) for name in names}
+        places |= {_single(layer, name): rest for name in names}
+        left.difference_update(places)
+        for stored, index in places.items():
+            if stored in source.tensors:
+                return stored, index
+        missing = _single(layer, weight.megatron)
+        raise UserError(f"{where}: it has no {missing}, which {family.architecture} needs")
+
+    def whole(megatron: str, name: str, rows: int | None = None) -> tuple[str, _Tensor]:
+        if megatron not in source.tensors:
+            raise UserError(f"{where}: it has no {megatron}, which {family.architecture} needs")
+        left.discard(megatron)
+        size = list(source.tensors[megatron].size)
+        size[0] = rows or size[0]
+        stored = source.tensors[megatron].properties.dtype
+        empty = torch.empty(size, dtype=dtype or stored, device="meta")
+        return name, _Tensor(empty, lambda: read(megatron)[: size[0]].to(empty.dtype))
+
+    yield whole(*EMBEDDING, rows=config["vocab_size"])
+    for layer in range(shape.num_layers):
+        for weight in layer_weights(family, shape, names):
+            is_coefficient = ".fope." in weight.megatron
+            for expert in range(shape.num_experts) if weight.per_expert else (None,):
+                rest = () if expert is None else (expert,)
+                stored, index = place(weight, layer, *rest)
+                entry = source.tensors[stored]
+                if tuple(entry.size[len(index) :]) != weight.size:
+                    raise UserError(
+                        f"{where}: {stored} has the size {list(entry.size)}, which does not fit its arguments"
+                    )
+                kept = torch.float32 if is_coefficient else dtype or entry.properties.dtype
+                empty = torch.empty(weight.size, dtype=kept, device="meta")
+                for i, (name, part) in enumerate(
+                    zip(weight.huggingface, weight.split(empty, shape), strict=True)
+                ):
+                    yield (
+                        f"model.layers.{layer}.{name.format(expert=expert)}",
+                        _Tensor(
+                            part,
+                            lambda stored=stored, index=index, i=i, weight=weight, kept=kept: weight.split(
+                                read(stored, index), shape
+                            )[i].to(kept),
+                        ),
+                    )
+    yield whole(*FINAL_NORM)
+    if config["tie_word_embeddings"]:
+        left.discard(OUTPUT[0])
+    else:
+        yield whole(*OUTPUT, rows=config["vocab_size"])
+    if left:
+        raise UserError(f"{where}: {family.architecture} has no place for {', '.join(sorted(left)[:3])}")
+
+
+def _single(layer: int, name: str) -> str:
+    return f"decoder.layers.{layer}.{name}"
+
+
+def _write_weights(tensors: dict[str, _Tensor], folder: Path, shard_size: str) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    try:
+        plan = split_torch_state_dict_into_shards(
+            {name: tensor.empty for name, tensor in tensors.items()},
+            max_shard_size=shard_size,
+            filename_pattern="model{suffix}.safetensors",
+        )
+    except ValueError as error:
+        raise UserError(
+            f"--shard-size is {shard_size!r}; allowed: sizes such as 500MB or 5GB ({error})"
+        ) from None
+    total = sum(tensor.empty.nbytes for tensor in tensors.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing weights", disable=None) as bar:
+        for file, names in plan.filename_to_tensors.items():
+            shard = {}
+            for name in names:
+                shard[name] = tensors[name].read().clone(memory_format=torch.contiguous_format)
+                bar.update(shard[name].nbytes)
+            save_file(shard, folder / file, {"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+# Tokenizer ----------------------------------------------------------------------------------------
+
+
+def _special_tokens(tokenizer: str | Path | None, vocab_size: int) -> dict[str, int | None]:
+    """Ids of special tokens for ``config.json``; a family's own defaults would end texts at other tokens."""
+    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if tokenizer is None:
+        return ids
+    loaded = load_tokenizer(tokenizer, "--tokenizer")
+    if len(loaded) > vocab_size:
+        raise UserError(
+            f"--tokenizer is {str(tokenizer)!r} with {len(loaded)} ids, but the model has {vocab_size}; use "
+            "the tokenizer that it was trained with"
+        )
+    return {name: getattr(loaded, name) for name in ids}
+
+
+def load_tokenizer(folder: str | Path, name: str) -> Any:
+    """A tokenizer of a folder on this machine; code in it is never run.
+
+    Raises:
+        UserError: there is none, or transformers is missing.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise UserError(f"{name} needs transformers; install it with: pip install transformers") from None
+    if not Path(folder).is_dir():
+        raise UserError(f"{name} is {str(folder)!r}; requires a folder with a Hugging Face tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{name} is {str(folder)!r}: its tokenizer cannot be read ({reason})") from None
+
+
+def _write_tokenizer(tokenizer: str | Path, folder: Path, special: dict[str, int | None]) -> None:
+    from transformers import GenerationConfig
+
+    load_tokenizer(tokenizer, "--tokenizer").save_pretrained(str(folder))
+    GenerationConfig(**special).save_pretrained(str(folder))
