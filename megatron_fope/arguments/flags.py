@@ -303,13 +303,13 @@ def check_before_megatron(args: Any) -> None:
             )
         return
     from megatron_fope.layers.attention import (
-        check_host_config,  # imports Megatron, which other commands need not
+        check_megatron_config,  # imports Megatron, which other commands need not
     )
 
     check_start_flags(args)
     check_scaling_flags(args)
     rope_fusion, args.apply_rope_fusion = getattr(args, "apply_rope_fusion", False), False
-    check_host_config(args)
+    check_megatron_config(args)
     args.apply_rope_fusion = rope_fusion
     if getattr(args, "rotary_percent", 1.0) != 1.0:
         raise UserError(

@@ -278,9 +278,11 @@ class FromRope(Start):
         return None
 
     def loaded(self, value: Any) -> Any:
-        from megatron_fope.layers.embedding import KEEP  # imports Megatron, which other commands need not
+        from megatron_fope.layers.embedding import (
+            KEEP_INITIAL,
+        )  # imports Megatron, which other commands need not
 
-        return KEEP
+        return KEEP_INITIAL
 
     def _notes(self, folder: Any, base: float) -> Iterator[str]:
         changed = "" if base == self.config.rotary_base else f" with --rotary-base {base}"
@@ -322,9 +324,9 @@ class Grow(Start):
         return dataclasses.replace(tensor, data=data, local_shape=local, global_shape=whole)
 
     def loaded(self, value: Any) -> Any:
-        from megatron_fope.layers.embedding import Outgrown
+        from megatron_fope.layers.embedding import ToGrow
 
-        return Outgrown(value, self.stored_config)
+        return ToGrow(value, self.stored_config)
 
     def _notes(self, folder: Any, base: float) -> Iterator[str]:
         sizes = [

@@ -36,7 +36,7 @@ from megatron_fope.common.log import announce
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig
 from megatron_fope.formula.geometry import Geometry, effective_coefficients, rotary_frequencies
-from megatron_fope.layers.precision import KeepsPrecision
+from megatron_fope.layers.precision import KeepsDtype
 
 
 @dataclass
@@ -132,7 +132,7 @@ def is_annealed(stored_args: Any, iteration: int) -> bool:
     return annealed_iterations(stored_args, iteration) == (getattr(stored_args, "fope_anneal_iters", 0) or 0)
 
 
-class Interpolation(KeepsPrecision):
+class Interpolation(KeepsDtype):
     """One layer's basis and coefficients between RoPE and FoPE.
 
     Args:

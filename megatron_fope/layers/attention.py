@@ -1,4 +1,4 @@
-"""Megatron's self-attention with FoPE: the seam between the host and everything else here."""
+"""Megatron's self-attention with FoPE: the hook through which Megatron reaches everything else here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
@@ -24,27 +25,29 @@ _call: ContextVar[dict[str, Any]] = ContextVar("fope_call", default={})  # noqa:
 """What decides the tokens' positions in the ``forward`` that runs; every thread has its own."""
 
 
-class FoPESelfAttention(SelfAttention):
-    """``SelfAttention`` whose queries and keys are rotated by Fourier series.
+class FoPEAttention(torch.nn.Module):
+    """The constructor that all attention classes with FoPE share; stands before Megatron's class.
 
-    Megatron hands out query and key in ``get_query_key_value_tensors``: after the query/key normalisation
-    and the tensor-parallel split, before the key-value cache and before packed sequences lose their dummy
-    batch dimension. They are rotated there; ``forward`` itself is the host's. Constructor arguments this
-    class does not know are passed on, so that a newer Megatron may add some.
+    Arguments this class does not know are passed on, so that a newer Megatron may add some.
 
     Args:
         config: ``TransformerConfig``.
-        submodules: ``SelfAttentionSubmodules``.
+        submodules: Megatron's, for the class behind this one.
         layer_number: global number of the layer, from 1.
-        *args: the host's.
+        *args: Megatron's.
         fope: FoPE's settings; travels in the spec's ``params`` because extra attributes on ``config`` do
             not survive every path on which Megatron copies it.
         fope_stack: "decoder" or "mtp".
-        **kwargs: the host's.
+        **kwargs: Megatron's.
 
     Raises:
-        UserError: a host setting that cannot go with FoPE.
+        UserError: a setting of Megatron's that cannot go with FoPE.
     """
+
+    config: Any
+    pg_collection: Any
+    fope: FourierEmbedding
+    fope_rotates = True
 
     def __init__(
         self,
@@ -56,22 +59,51 @@ class FoPESelfAttention(SelfAttention):
         fope_stack: str = "decoder",
         **kwargs: Any,
     ) -> None:
-        check_host_config(config)
+        check_megatron_config(config)
         follow_models()
         super().__init__(config, submodules, layer_number, *args, **kwargs)
-        # Layers without position embedding (no_rope_freq) keep the coefficients unused: Megatron stacks
-        # the layers of a checkpoint into one tensor, which needs the same keys in all of them.
         self.fope = FourierEmbedding(
             config,
             fope,
             layer=layer_number,
             stack=stack_of(fope_stack, kwargs),
             tp_group=self.pg_collection.tp,
+            **self._rotated_heads(config),
         )
+
+    def _rotated_heads(self, config: Any) -> dict[str, int]:
+        """Channels and number of the keys that are rotated, where they are not those of the config."""
+        return {}
+
+    def _rotate(self, query: Tensor, key: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Rotate ``[s, b, heads, head_dim]`` at the positions that Megatron's arguments say."""
+        return self.fope(
+            query,
+            key,
+            cp_group=self.pg_collection.cp,
+            packed_seq_params=call.get("packed_seq_params"),
+            inference_context=call.get("inference_context") or call.get("inference_params"),
+            sequence_len_offset=call.get("sequence_len_offset"),
+            position_ids=call.get("position_ids"),
+        )
+
+
+class FoPESelfAttention(FoPEAttention, SelfAttention):
+    """``SelfAttention`` whose queries and keys are rotated by Fourier series.
+
+    Megatron hands out query and key in ``get_query_key_value_tensors``: after the query/key normalisation
+    and the tensor-parallel split, before the key-value cache and before packed sequences lose their dummy
+    batch dimension. They are rotated there; ``forward`` itself is Megatron's.
+    """
+
+    def __init__(self, config: Any, submodules: Any, layer_number: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, submodules, layer_number, *args, **kwargs)
+        # Layers without position embedding (no_rope_freq) keep the coefficients unused: Megatron stacks
+        # the layers of a checkpoint into one tensor, which needs the same keys in all of them.
         self.fope_rotates = not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The host's ``forward``; remembers what decides the tokens' positions while it runs."""
+        """Megatron's ``forward``; remembers what decides the tokens' positions while it runs."""
         if len(args) > 1:  # Megatron itself passes everything behind attention_mask by keyword
             bound = _FORWARD_SIGNATURE.bind(self, hidden_states, *args, **kwargs).arguments
             kwargs, args = {name: bound[name] for name in list(bound)[2:]}, ()
@@ -83,29 +115,20 @@ class FoPESelfAttention(SelfAttention):
             _call.reset(previous)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's query, key, value (and output gate), with query and key rotated."""
+        """Megatron's query, key, value (and output gate), with query and key rotated."""
         query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
         if self.fope_rotates:
-            call = _call.get()
             if self.config.rotary_interleaved:
                 query, key = functional.pairs_to_halves(query), functional.pairs_to_halves(key)
             if self.fope.fope.learnable:
                 query, key = (compat.survives_offloading(t, rest[0], self) for t in (query, key))
-            query, key = self.fope(
-                query,
-                key,
-                cp_group=self.pg_collection.cp,
-                packed_seq_params=call.get("packed_seq_params"),
-                inference_context=call.get("inference_context") or call.get("inference_params"),
-                sequence_len_offset=call.get("sequence_len_offset"),
-                position_ids=call.get("position_ids"),
-            )
+            query, key = self._rotate(query, key, _call.get())
         else:
             query = self.fope.leave(query)
         return query, key, *rest
 
 
-def stack_of(fope_stack: str, host_arguments: dict[str, Any]) -> str:
+def stack_of(fope_stack: str, arguments: dict[str, Any]) -> str:
     """The stack that decides a layer's coefficients.
 
     A hybrid model builds its multi-token-prediction layers from the decoder's spec, numbered from 1 in every
@@ -113,14 +136,14 @@ def stack_of(fope_stack: str, host_arguments: dict[str, Any]) -> str:
 
     Args:
         fope_stack: what the spec says.
-        host_arguments: keyword arguments of the layer's constructor.
+        arguments: keyword arguments of the layer's constructor.
     """
-    depth = re.match(r"mtp\.layers\.\d+", host_arguments.get("name") or "")
+    depth = re.match(r"mtp\.layers\.\d+", arguments.get("name") or "")
     return depth[0] if depth and fope_stack == "decoder" else fope_stack
 
 
-def check_host_config(config: Any) -> None:
-    """Refuse model settings under which queries and keys would not pass through the seam.
+def check_megatron_config(config: Any) -> None:
+    """Refuse model settings under which queries and keys would not pass through the hook.
 
     Args:
         config: ``TransformerConfig``, or any object with its fields.

@@ -22,7 +22,7 @@ from megatron_fope.kernels.backend import Backend, Case, choose
 from megatron_fope.kernels.cache import VersionedCache, canonical, forget
 from megatron_fope.layers.anneal import Interpolation
 from megatron_fope.layers.positions import local_positions
-from megatron_fope.layers.precision import KeepsPrecision
+from megatron_fope.layers.precision import KeepsDtype
 
 BASES: VersionedCache[tuple[Tensor, Tensor]] = VersionedCache()
 """The basis of the moment for each of a few models, used by all layers.
@@ -32,12 +32,12 @@ bring new ones with every micro-batch, an inference context writes new values in
 step. (Recomputation brings other tensors of the same memory.)
 """
 
-KEEP = object()
+KEEP_INITIAL = object()
 """In place of a coefficient tensor in a state dict: loading it keeps the numbers that the module has."""
 
 
 @dataclass(frozen=True)
-class Outgrown:
+class ToGrow:
     """In place of a coefficient tensor in a state dict: what a model of a shorter training length had."""
 
     value: Tensor
@@ -45,7 +45,7 @@ class Outgrown:
     """Settings that ``value`` belongs to."""
 
 
-class FourierEmbedding(KeepsPrecision, MegatronModule):
+class FourierEmbedding(KeepsDtype, MegatronModule):
     """FoPE for one attention layer, under any tensor-parallel layout.
 
     Every rank keeps the coefficients of all KV heads (a few hundred KB per layer) and uses its own slice:
@@ -102,7 +102,7 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         self._grow(state_dict, prefix)
         for name in self.fope.coefficient_names:
-            if state_dict.get(prefix + name) is KEEP:
+            if state_dict.get(prefix + name) is KEEP_INITIAL:
                 state_dict[prefix + name] = getattr(self, name).detach()
         super()._load_from_state_dict(state_dict, prefix, *rest)
         for name in self.fope.coefficient_names:
@@ -110,12 +110,12 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
 
     def _grow(self, state_dict: Any, prefix: str) -> None:
         found = {name: state_dict.get(prefix + name) for name in self.fope.coefficient_names}
-        outgrown = {name: value for name, value in found.items() if isinstance(value, Outgrown)}
-        if not outgrown:
+        to_grow = {name: value for name, value in found.items() if isinstance(value, ToGrow)}
+        if not to_grow:
             return
         grown = grow_coefficients(
-            {name: entry.value for name, entry in outgrown.items()},
-            dataclasses.replace(self.geometry, config=next(iter(outgrown.values())).fope),
+            {name: entry.value for name, entry in to_grow.items()},
+            dataclasses.replace(self.geometry, config=next(iter(to_grow.values())).fope),
             self.geometry,
             layer=self.layer,
             stack=self.stack,
@@ -223,8 +223,8 @@ class FourierEmbedding(KeepsPrecision, MegatronModule):
             _check_shape(position_ids, query)
             if position_ids.size(0) > 1:  # a row of the basis per token and sample
                 flat = [tensor.flatten(0, 1).unsqueeze(1) for tensor in (query, key)]
-                turned = self._rotate(*flat, position_ids, cp_group, None, None, None)
-                return turned[0].view(query.shape), turned[1].view(key.shape)
+                query_out, key_out = self._rotate(*flat, position_ids, cp_group, None, None, None)
+                return query_out.view(query.shape), key_out.view(key.shape)
         return self._rotate(
             query, key, position_ids, cp_group, packed_seq_params, inference_context, sequence_len_offset
         )

@@ -4,9 +4,9 @@ Multi-latent attention (DeepSeek) rotates only the last ``--qk-pos-emb-head-dim`
 key is computed once and shared by all heads, so there is one set of coefficients, as with a single KV head.
 
 Megatron rotates inside ``get_query_key_value_tensors``, in every variant: plain, packed documents, latents in
-the key-value cache. There Megatron's own rotary module is left in place with frequencies of zero, which turns
-nothing, and the positional channels are rotated when query and key come out, or, where Megatron recomputes
-the up-projection, inside what it recomputes.
+the key-value cache. There Megatron's own rotary module is left in place with frequencies of zero, which
+rotate nothing, and the positional channels are rotated when query and key come out, or, where Megatron
+recomputes the up-projection, inside what it recomputes.
 """
 
 from __future__ import annotations
@@ -20,59 +20,28 @@ import torch
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
-from megatron_fope.formula.config import FoPEConfig
-from megatron_fope.layers.attention import check_host_config, stack_of
-from megatron_fope.layers.embedding import FourierEmbedding
-from megatron_fope.layers.position_ids import follow_models, take_position_ids
+from megatron_fope.layers.attention import FoPEAttention
+from megatron_fope.layers.position_ids import take_position_ids
 
 _SIGNATURE = inspect.signature(MLASelfAttention.get_query_key_value_tensors)
 
 
-class FoPEMLASelfAttention(MLASelfAttention):
+class FoPEMLASelfAttention(FoPEAttention, MLASelfAttention):
     """``MLASelfAttention`` whose positional channels are rotated by Fourier series.
 
-    Args:
-        config: ``MLATransformerConfig`` with ``rope_type="rope"``.
-        submodules: ``MLASelfAttentionSubmodules``.
-        layer_number: global number of the layer, from 1.
-        *args: the host's.
-        fope: FoPE's settings.
-        fope_stack: "decoder" or "mtp".
-        **kwargs: the host's.
-
-    Raises:
-        UserError: a host setting that cannot go with FoPE.
+    Needs an ``MLATransformerConfig`` with ``rope_type="rope"``.
     """
 
-    fope_rotates = True
-
-    def __init__(
-        self,
-        config: Any,
-        submodules: Any,
-        layer_number: int,
-        *args: Any,
-        fope: FoPEConfig,
-        fope_stack: str = "decoder",
-        **kwargs: Any,
-    ) -> None:
-        check_host_config(config)
-        follow_models()
-        super().__init__(config, submodules, layer_number, *args, **kwargs)
-        self.fope = FourierEmbedding(
-            config,
-            fope,
-            layer=layer_number,
-            stack=stack_of(fope_stack, kwargs),
-            tp_group=self.pg_collection.tp,
-            head_dim=config.qk_pos_emb_head_dim,
-            num_kv_heads=1,
-        )
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # cos(0) = 1 and sin(0) = 0 leave what Megatron rotates bit for bit as it is.
         self.rotary_pos_emb.inv_freq = torch.zeros_like(self.rotary_pos_emb.inv_freq)
 
+    def _rotated_heads(self, config: Any) -> dict[str, int]:
+        return {"head_dim": config.qk_pos_emb_head_dim, "num_kv_heads": 1}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's ``forward``, which hands position ids on to where query and key are made."""
+        """Megatron's ``forward``, which hands position ids on to where query and key are made."""
         position_ids = take_position_ids(kwargs)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
@@ -91,7 +60,7 @@ class FoPEMLASelfAttention(MLASelfAttention):
         self._up_checkpoint = checkpoint
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's query, key and whatever follows, with the positional channels of both rotated."""
+        """Megatron's query, key and whatever follows, with the positional channels of both rotated."""
         rotation = _Rotation(self, _SIGNATURE.bind(self, *args, **kwargs).arguments)
         outer = _running.set(rotation)
         try:
@@ -103,11 +72,17 @@ class FoPEMLASelfAttention(MLASelfAttention):
         return query, key, *rest
 
     def _rotate_positional(self, query: Tensor, key: Tensor, call: Any) -> tuple[Tensor, Tensor]:
+        """Rotate ``[s, b, heads, d]``, or ``[t, heads, d]`` of packed documents."""
         content, positional = self._split(query)
         key_content, key_positional = self._split(key)
-        turned, key_turned = self._rotate(positional, self._one_head(key_positional), call)
-        query = torch.cat([content, turned], dim=-1)
-        key = torch.cat([key_content, self._all_heads(key_turned, key_positional)], dim=-1)
+        rotated, one_head = positional, self._one_head(key_positional)
+        if flat := query.dim() == 3:
+            rotated, one_head = rotated.unsqueeze(1), one_head.unsqueeze(1)
+        rotated, one_head = self._rotate(rotated, one_head, call)
+        if flat:
+            rotated, one_head = rotated.squeeze(1), one_head.squeeze(1)
+        query = torch.cat([content, rotated], dim=-1)
+        key = torch.cat([key_content, self._all_heads(one_head, key_positional)], dim=-1)
         return query, key
 
     def _split(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,21 +95,6 @@ class FoPEMLASelfAttention(MLASelfAttention):
 
     def _all_heads(self, key: Tensor, like: Tensor) -> Tensor:
         return key.squeeze(-2) if self.config.cache_mla_latents else key.expand_as(like)
-
-    def _rotate(self, query: Tensor, key: Tensor, call: Any) -> tuple[Tensor, Tensor]:
-        """Rotate ``[s, b, heads, d]``, or ``[t, heads, d]`` of packed documents."""
-        flat = query.dim() == 3
-        if flat:
-            query, key = query.unsqueeze(1), key.unsqueeze(1)
-        query, key = self.fope(
-            query,
-            key,
-            cp_group=self.pg_collection.cp,
-            packed_seq_params=call.get("packed_seq_params"),
-            inference_context=call.get("inference_context") or call.get("inference_params"),
-            position_ids=call.get("position_ids"),
-        )
-        return (query.squeeze(1), key.squeeze(1)) if flat else (query, key)
 
 
 class _Rotation:

@@ -40,11 +40,11 @@ def _on_new_part(model: torch.nn.Module, name: str, part: torch.nn.Module | None
     """PyTorch calls this for every module that becomes part of another."""
     from megatron.core.models.common.language_module.language_module import LanguageModule
 
-    from megatron_fope.layers.spec import FOPE_ATTENTIONS
+    from megatron_fope.layers.attention import FoPEAttention
 
     if not isinstance(model, LanguageModule) or part is None:
         return
-    if not any(isinstance(module, FOPE_ATTENTIONS) for module in part.modules()):
+    if not any(isinstance(module, FoPEAttention) for module in part.modules()):
         return
     if "position_ids" not in _signature(type(model)).parameters:
         return

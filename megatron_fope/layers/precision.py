@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class KeepsPrecision(torch.nn.Module):
+class KeepsDtype(torch.nn.Module):
     """A module that moves with its model, but whose own tensors keep their dtype and every bit.
 
     ``Float16Module`` and DeepSpeed cast whole modules, buffers included, and a cast there and back would lose

@@ -75,7 +75,7 @@ def describe(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerRe
     """
     from megatron.core.transformer.attention import Attention
 
-    from megatron_fope.layers.spec import FOPE_ATTENTIONS
+    from megatron_fope.layers.attention import FoPEAttention
 
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     reports = []
@@ -88,7 +88,7 @@ def describe(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerRe
                 "layer_number": module.layer_number,
                 "attention": type(module).__name__,
             }
-            if not isinstance(module, FOPE_ATTENTIONS):
+            if not isinstance(module, FoPEAttention):
                 reports.append(LayerReport(**common))
                 continue
             embedding, geometry = module.fope, module.fope.geometry

@@ -15,12 +15,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron_fope import compat
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
-from megatron_fope.layers.attention import FoPESelfAttention
+from megatron_fope.layers.attention import FoPEAttention, FoPESelfAttention
 from megatron_fope.layers.mla import FoPEMLASelfAttention
 
 _CONVERSIONS = {SelfAttention: FoPESelfAttention, MLASelfAttention: FoPEMLASelfAttention}
-FOPE_ATTENTIONS = tuple(_CONVERSIONS.values())
-"""Attention with FoPE, whose subclasses a spec may name too."""
 
 
 def with_fope(spec: Any, config: FoPEConfig) -> Any:
@@ -100,14 +98,11 @@ class _Converter:
     def _convert_module_spec(self, spec: ModuleSpec) -> ModuleSpec:
         converted = copy.copy(spec)
         module = import_module(spec.module) if isinstance(spec.module, tuple) else spec.module
-        if isinstance(module, type) and module in _CONVERSIONS:
-            converted.module = _CONVERSIONS[module]
-            converted.params = {**(spec.params or {}), "fope": self.config, "fope_stack": self.stack}
-            self.num_attentions += 1
-        elif isinstance(module, type) and issubclass(module, FOPE_ATTENTIONS):
-            previous = (spec.params or {}).get("fope")
-            if previous is not None and previous != self.config:
+        if isinstance(module, type) and (module in _CONVERSIONS or issubclass(module, FoPEAttention)):
+            previous = (spec.params or {}).get("fope", self.config)
+            if previous != self.config:
                 raise UserError("with_fope: the layer spec has FoPE with other settings already")
+            converted.module = _CONVERSIONS.get(module, spec.module)
             converted.params = {**(spec.params or {}), "fope": self.config, "fope_stack": self.stack}
             self.num_attentions += 1
         else:
@@ -123,7 +118,7 @@ class _Converter:
             not self._optional
             and isinstance(module, type)
             and issubclass(module, Attention)
-            and not issubclass(module, (*FOPE_ATTENTIONS, CrossAttention))
+            and not issubclass(module, (FoPEAttention, CrossAttention))
         ):
             raise UserError(
                 f"with_fope: {module.__module__}.{module.__qualname__} cannot be converted; "

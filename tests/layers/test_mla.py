@@ -185,10 +185,10 @@ def test_mla_latent_cache_gets_rotated_keys() -> None:
 
 @since(0, 17)
 def test_mla_refuses_what_it_cannot_rotate() -> None:
-    from megatron_fope.layers.attention import check_host_config
+    from megatron_fope.layers.attention import check_megatron_config
 
-    refused(lambda: check_host_config(mla_config(rope_type="yarn")), "use --rope-type rope")
-    refused(lambda: check_host_config(mla_config(mla_down_proj_fusion=True)), "--mla-down-proj-fusion")
+    refused(lambda: check_megatron_config(mla_config(rope_type="yarn")), "use --rope-type rope")
+    refused(lambda: check_megatron_config(mla_config(mla_down_proj_fusion=True)), "--mla-down-proj-fusion")
     dsa = mla_config()
     dsa.experimental_attention_variant = "dsa"
-    refused(lambda: check_host_config(dsa), "--experimental-attention-variant")
+    refused(lambda: check_megatron_config(dsa), "--experimental-attention-variant")

@@ -143,18 +143,18 @@ def iterate_modules(node: Any) -> Any:
 
 @since(0, 17)
 def test_pattern_of_a_hybrid_model_is_checked() -> None:
-    from megatron_fope.layers.attention import check_host_config
+    from megatron_fope.layers.attention import check_megatron_config
     from megatron_fope.training import hybrid_model
 
     def args(pattern: str) -> SimpleNamespace:
         return SimpleNamespace(hybrid_layer_pattern=pattern)
 
     hybrid_model.check_args(args("*-*E"))
-    check_host_config(args("M*-"))
+    check_megatron_config(args("M*-"))
     refused(lambda: hybrid_model.check_args(args("M*-")), "mamba_ssm")
     refused(lambda: hybrid_model.check_args(args("G*-")), "fla")
-    refused(lambda: check_host_config(args("*-+-")), "without +")
-    refused(lambda: check_host_config(args("*-D-")), "without D")
+    refused(lambda: check_megatron_config(args("*-+-")), "without +")
+    refused(lambda: check_megatron_config(args("*-D-")), "without D")
 
 
 @since(0, 17)

@@ -20,9 +20,9 @@ def _modules() -> dict[str, Callable[[], Any]]:
     """Every module of this package that owns tensors, in all its variants."""
     from megatron_fope.layers.anneal import Interpolation
     from megatron_fope.layers.embedding import FourierEmbedding
-    from megatron_fope.layers.precision import KeepsPrecision
+    from megatron_fope.layers.precision import KeepsDtype
 
-    assert set(KeepsPrecision.__subclasses__()) == {FourierEmbedding, Interpolation}
+    assert set(KeepsDtype.__subclasses__()) == {FourierEmbedding, Interpolation}
     config = gpt().config
     start = {"anneal_iters": 4, "clip": False, "drop_clipped": False}
     variants = {
