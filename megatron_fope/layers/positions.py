@@ -66,10 +66,14 @@ def sequence_positions(
         raise UserError(f"offset is {offset}; requires 0 or more")
     if cp_size == 1:
         return torch.arange(offset, offset + num_tokens, device=device)
-    chunk = num_tokens // 2
     local = torch.arange(num_tokens, device=device)
+    return _unzigzag(local, num_tokens // 2, cp_rank, cp_size) + offset
+
+
+def _unzigzag(local: Tensor, chunk: Tensor | int, cp_rank: int, cp_size: int) -> Tensor:
+    """Place in the whole sequence of a rank's tokens, which hold two chunks of it."""
     last = 2 * cp_size - 1 - cp_rank
-    return torch.where(local < chunk, cp_rank * chunk + local, last * chunk + local - chunk) + offset
+    return torch.where(local < chunk, cp_rank * chunk + local, last * chunk + local - chunk)
 
 
 def _check_share(num_tokens: int, cp_rank: int, cp_size: int) -> None:
@@ -156,9 +160,7 @@ def packed_positions(num_tokens: int, cu_seqlens: Tensor, *, cp_rank: int = 0, c
     if cp_size == 1:
         return local
     length = starts.index_select(0, document + 1) - start
-    chunk = length // 2
-    last = 2 * cp_size - 1 - cp_rank
-    return torch.where(local < chunk, cp_rank * chunk + local, last * chunk + local - chunk)
+    return _unzigzag(local, length // 2, cp_rank, cp_size)
 
 
 def inference_positions(
@@ -201,19 +203,6 @@ def inference_positions(
             f"the inference context has {positions.numel()} tokens; requires the {num_tokens} of this step"
         )
     return positions
-
-
-def _document_boundaries(packed_seq_params: Any) -> Tensor:
-    """``[documents + 1]``: where the documents of a pack start, padding included."""
-    cu_seqlens = packed_seq_params.cu_seqlens_q_padded
-    if cu_seqlens is None:
-        cu_seqlens = packed_seq_params.cu_seqlens_q
-    if cu_seqlens is None:
-        raise UserError(
-            "PackedSeqParams of qkv_format 'thd' has neither cu_seqlens_q nor cu_seqlens_q_padded; FoPE "
-            "needs one of them to know where documents start"
-        )
-    return cu_seqlens
 
 
 def local_positions(
@@ -260,6 +249,13 @@ def local_positions(
             )
     cp_rank, cp_size = (cp_group.rank(), cp_group.size()) if cp_group is not None else (0, 1)
     if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-        cu_seqlens = _document_boundaries(packed_seq_params)
+        cu_seqlens = packed_seq_params.cu_seqlens_q_padded  # where documents start, padding included
+        if cu_seqlens is None:
+            cu_seqlens = packed_seq_params.cu_seqlens_q
+        if cu_seqlens is None:
+            raise UserError(
+                "PackedSeqParams of qkv_format 'thd' has neither cu_seqlens_q nor cu_seqlens_q_padded; FoPE "
+                "needs one of them to know where documents start"
+            )
         return packed_positions(num_tokens, cu_seqlens, cp_rank=cp_rank, cp_size=cp_size)
     return sequence_positions(num_tokens, cp_rank=cp_rank, cp_size=cp_size, device=device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from megatron_fope.formula.config import FoPEConfig
 
 if TYPE_CHECKING:
     from megatron_fope.kernels.backend import Backend
+
+Model = torch.nn.Module | Sequence[torch.nn.Module]
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class LayerReport:
         )
 
 
-def describe(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerReport]:
+def describe(model: Model) -> list[LayerReport]:
     """Every self-attention layer of a model (this rank's share), with or without FoPE.
 
     Args:
@@ -77,37 +80,40 @@ def describe(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerRe
 
     from megatron_fope.layers.attention import FoPEAttention
 
-    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     reports = []
-    for chunk in chunks:
-        for name, module in chunk.named_modules():
-            if not isinstance(module, Attention) or module.attention_type != "self":
-                continue
-            common: dict[str, Any] = {
-                "name": name,
-                "layer_number": module.layer_number,
-                "attention": type(module).__name__,
-            }
-            if not isinstance(module, FoPEAttention):
-                reports.append(LayerReport(**common))
-                continue
-            embedding, geometry = module.fope, module.fope.geometry
-            reports.append(
-                LayerReport(
-                    **common,
-                    fope=geometry.config,
-                    coefficients={
-                        n: tuple(getattr(embedding, n).shape) for n in geometry.config.coefficient_names
-                    },
-                    d_in=geometry.d_in,
-                    d_out=geometry.d_out,
-                    num_pairs=geometry.head_dim // 2,
-                    num_clipped=geometry.num_clipped,
-                    rotates=module.fope_rotates,
-                    path=str(_backend(module)),
-                )
+    for name, module in _modules(model):
+        if not isinstance(module, Attention) or module.attention_type != "self":
+            continue
+        common: dict[str, Any] = {
+            "name": name,
+            "layer_number": module.layer_number,
+            "attention": type(module).__name__,
+        }
+        if not isinstance(module, FoPEAttention):
+            reports.append(LayerReport(**common))
+            continue
+        embedding, geometry = module.fope, module.fope.geometry
+        reports.append(
+            LayerReport(
+                **common,
+                fope=geometry.config,
+                coefficients={
+                    n: tuple(getattr(embedding, n).shape) for n in geometry.config.coefficient_names
+                },
+                d_in=geometry.d_in,
+                d_out=geometry.d_out,
+                num_pairs=geometry.head_dim // 2,
+                num_clipped=geometry.num_clipped,
+                rotates=module.fope_rotates,
+                path=str(_backend(module)),
             )
+        )
     return reports
+
+
+def _modules(model: Model) -> Iterator[tuple[str, torch.nn.Module]]:
+    for chunk in [model] if isinstance(model, torch.nn.Module) else model:
+        yield from chunk.named_modules()
 
 
 def _backend(attention: Any) -> Backend:
@@ -124,7 +130,7 @@ def _backend(attention: Any) -> Backend:
     )
 
 
-def assert_fope_active(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[LayerReport]:
+def assert_fope_active(model: Model) -> list[LayerReport]:
     """Check that every self-attention layer has FoPE, and that nothing else embeds positions.
 
     Returns:
@@ -151,22 +157,19 @@ def assert_fope_active(model: torch.nn.Module | Iterable[torch.nn.Module]) -> li
     return reports
 
 
-def _other_position_embeddings(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[str]:
+def _other_position_embeddings(model: Model) -> Iterator[str]:
     """Names of what embeds positions outside the attention layers."""
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.core.models.common.language_module.language_module import LanguageModule
 
-    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
-    found = []
-    for name, module in (item for chunk in chunks for item in chunk.named_modules()):
+    for name, module in _modules(model):
         if isinstance(module, LanguageModule) and getattr(module, "rotary_pos_emb", None) is not None:
-            found.append(f"{name}.rotary_pos_emb".lstrip("."))
+            yield f"{name}.rotary_pos_emb".lstrip(".")
         if isinstance(module, LanguageModelEmbedding) and module.add_position_embedding:
-            found.append(f"{name}.position_embeddings".lstrip("."))
-    return found
+            yield f"{name}.position_embeddings".lstrip(".")
 
 
-def layer_list(model: torch.nn.Module | Iterable[torch.nn.Module]) -> str:
+def layer_list(model: Model) -> str:
     """One line for logs: which layers have FoPE, and which have no position embedding on purpose.
 
     Args:
@@ -206,19 +209,18 @@ def _layer_numbers(reports: list[LayerReport]) -> str:
     return ", ".join(texts)
 
 
-def _layers_without_positions(model: torch.nn.Module | Iterable[torch.nn.Module]) -> dict[str, int]:
+def _layers_without_positions(model: Model) -> dict[str, int]:
     """Classes in the place of attention that get no position embedding, with their number."""
     from megatron.core.ssm.mamba_mixer import MambaMixer
     from megatron.core.transformer.attention import Attention, CrossAttention
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
-    names = []
-    for module in (module for chunk in chunks for module in chunk.modules()):
+    names: Counter[str] = Counter()
+    for _, module in _modules(model):
         if isinstance(module, (CrossAttention, MambaMixer)):
-            names.append(type(module).__name__)
+            names[type(module).__name__] += 1
         attention = module.self_attention if isinstance(module, TransformerLayer) else None
         if attention is not None and not isinstance(attention, (Attention, IdentityOp)):
-            names.append(type(attention).__name__)
-    return {name: names.count(name) for name in dict.fromkeys(names)}
+            names[type(attention).__name__] += 1
+    return names
