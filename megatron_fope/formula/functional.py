@@ -24,6 +24,7 @@ implementation, float64 is used for exact angles and for gradient checks.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -321,14 +322,14 @@ class _MixBasis(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, basis: Tensor, coefficients: Tensor) -> Tensor:
+    def forward(ctx: Any, basis: Tensor, coefficients: Tensor) -> Tensor:
         ctx.save_for_backward(basis)
         heads, d_in, d_out = coefficients.shape
         mixed = multiply(basis, coefficients.permute(1, 0, 2).reshape(d_in, heads * d_out))
         return mixed.view(-1, heads, d_out)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         (basis,) = ctx.saved_tensors
         _, heads, d_out = grad.shape
         mixed = multiply(basis.transpose(0, 1), grad.reshape(-1, heads * d_out))

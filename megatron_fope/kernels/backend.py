@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -169,16 +170,16 @@ def _self_check(
         ):
             mixed = random(70, 2, sum(heads), case.head_dim, dtype=case.dtype)
             upstream = random(70, 2, sum(heads[:2]), case.head_dim, dtype=case.dtype).split(heads[:2], dim=2)
-            basis = [random(70, case.d_in).sin() for _ in range(2)]
+            sin_basis, cos_basis = (random(70, case.d_in).sin() for _ in range(2))
             # Positive: some settings divide them by their sum.
             shape = (case.coefficient_heads, case.d_in, case.d_out)
             coefficients = {name: random(*shape).abs() for name in case.config.coefficient_names}
-            for way, options in ((rotate, {"variant": variant}), (torch_rotary.rotate, {})):
+            for way in (functools.partial(rotate, variant=variant), torch_rotary.rotate):
                 query, key, _ = mixed.clone().requires_grad_().split(heads, dim=2)
                 leaves = [query, key]
                 if case.config.learnable:
                     leaves += [value.requires_grad_() for value in coefficients.values()]
-                rotated = way(query, key, *basis, coefficients, case.config, **options)
+                rotated = way(query, key, sin_basis, cos_basis, coefficients, case.config)
                 results.append((*rotated, *torch.autograd.grad(rotated, leaves, upstream)))
             worst = max(itertools.starmap(_difference, zip(*results, strict=True)))
     except Exception as error:  # whatever a compiler or driver may say

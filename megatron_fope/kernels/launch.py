@@ -80,7 +80,8 @@ def backward(
     grads = [g.unflatten(1, shape[1:]).transpose(0, 1) for g in grads]
     if call.sin_coef.size(0) == 1:
         grads = [g.sum(dim=0, keepdim=True) for g in grads]
-    return *out, *(g.contiguous() for g in grads)
+    sin_grad, cos_grad = (g.contiguous() for g in grads)
+    return *out, sin_grad, cos_grad
 
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -159,12 +160,13 @@ def _factors(call: Call, width: int) -> tuple[Tensor, Tensor, Tensor | None, Ten
     bases, coefficients = (call.sin_basis, call.cos_basis), (call.sin_coef, call.cos_coef)
     if call.variant != "tables":
         sin, cos = (t.float().contiguous() for t in bases)
-        return sin, cos, *(t.contiguous() for t in coefficients)
+        sin_coef, cos_coef = (t.contiguous() for t in coefficients)
+        return sin, cos, sin_coef, cos_coef
 
     def build() -> tuple[Tensor, Tensor]:
-        wide = tuple(basis.float() for basis in bases)
-        pads = {"pad_sin": call.pad_sin, "pad_cos": call.pad_cos}
-        return functional.fourier_tables(*wide, *coefficients, width, **pads)
+        sin, cos = (basis.float() for basis in bases)
+        pad_sin, pad_cos = call.pad_sin, call.pad_cos
+        return functional.fourier_tables(sin, cos, *coefficients, width, pad_sin=pad_sin, pad_cos=pad_cos)
 
     if not call.keep_tables or any(
         t.is_inference() for t in (*bases, *coefficients)

@@ -86,7 +86,8 @@ class _Rotate(torch.autograd.Function):
         ctx.save_for_backward(sin_basis, cos_basis, sin_coef, cos_coef, *((query, key) if learning else ()))
         ctx.padding = (pad_sin, pad_cos)
         series = _Series(sin_basis, cos_basis, sin_coef, cos_coef, pad_sin, pad_cos)
-        return _rotate_blocks((query, key), series)
+        query, key = _rotate_blocks((query, key), series)
+        return query, key
 
     @staticmethod
     @once_differentiable
@@ -173,7 +174,7 @@ def _rotate_blocks(tensors: tuple[Tensor, ...], series: _Series) -> tuple[Tensor
             length = sin_basis.size(0)
             sin, cos = (table[:length] for table in tables)
             shape = (length, 1, groups, 1, width)
-            work = [tuple(b[:length] for b in buffers[t.shape[1:]]) for t in tensors]
+            work = [(a[:length], b[:length]) for a, b in (buffers[t.shape[1:]] for t in tensors)]
             parts = [_Parts(*pair, sin.view(shape), cos.view(shape)) for pair in work]
         functional.multiply(sin_basis, sin_matrix, add=sin_constants, out=sin)
         functional.multiply(cos_basis, cos_matrix, add=cos_constants, out=cos)
@@ -239,7 +240,8 @@ def _coefficient_gradients(
         )
         for total, basis, a, b in zip(sums, (sin_basis, cos_basis), of_query, of_key, strict=True):
             functional.multiply(basis.transpose(0, 1), (a + b).flatten(1), add=total, out=total)
-    return tuple(total.view(d_in, groups, d_out).transpose(0, 1) for total in sums)
+    sin_grad, cos_grad = (total.view(d_in, groups, d_out).transpose(0, 1) for total in sums)
+    return sin_grad, cos_grad
 
 
 def _series_gradients(

@@ -139,9 +139,12 @@ class Interpolation(KeepsDtype):
         geometry: FoPE's, of settings with ``anneal_iters``.
     """
 
+    inv_freq: Tensor
+    weight: Tensor
+
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
-        self.geometry, self.fope, self.half = geometry, geometry.config, geometry.head_dim // 2
+        self.geometry, self.fope, self.num_pairs = geometry, geometry.config, geometry.head_dim // 2
         fope = self.fope
         self._written = 0.0
         for name, value in self.initial_tensors().items():
@@ -157,7 +160,7 @@ class Interpolation(KeepsDtype):
 
     def initial_tensors(self) -> dict[str, Tensor]:
         """The frequencies of RoPE and of FoPE, and the weight that was written last."""
-        both = torch.cat((rotary_frequencies(self.fope, 2 * self.half), self.geometry.inv_freq))
+        both = torch.cat((rotary_frequencies(self.fope, 2 * self.num_pairs), self.geometry.inv_freq))
         weight = torch.full((), self._written, dtype=torch.float32, device="cpu")
         return {"inv_freq": both, "weight": weight}
 
@@ -190,10 +193,10 @@ class Interpolation(KeepsDtype):
 
     def _between(self, coefficients: Tensor, pad: float) -> Tensor:
         heads, _, d_out = coefficients.shape
-        padded = self.half - d_out
+        padded = self.num_pairs - d_out
         constant = F.pad(coefficients.new_zeros(heads, 1, d_out), (0, padded), value=pad)
         fope = torch.cat((F.pad(coefficients, (0, padded)), constant), dim=1)
-        rope = torch.eye(self.half, dtype=fope.dtype, device=fope.device).expand(heads, -1, -1)
+        rope = torch.eye(self.num_pairs, dtype=fope.dtype, device=fope.device).expand(heads, -1, -1)
         rope = rope * self.fope.attention_scaling
         weight = self.weight.data  # no count of writes, as for frozen coefficients in FourierEmbedding
         return torch.cat(((1.0 - weight) * rope, weight * fope), dim=1)

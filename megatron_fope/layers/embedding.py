@@ -65,6 +65,8 @@ class FourierEmbedding(KeepsDtype, MegatronModule):
         UserError: the settings do not fit the model.
     """
 
+    inv_freq: Tensor
+
     def __init__(
         self,
         config: Any,
@@ -88,7 +90,8 @@ class FourierEmbedding(KeepsDtype, MegatronModule):
         for name, value in coefficients.items():
             if fope.learnable:
                 parameter = torch.nn.Parameter(value)
-                parameter.is_embedding_parameter = True  # muP: its size does not grow with the model's width
+                # Megatron's mark for muP: its size does not grow with the model's width.
+                parameter.is_embedding_parameter = True  # type: ignore[attr-defined]
                 self.register_parameter(name, parameter)
             else:
                 self.register_buffer(name, value)
@@ -165,7 +168,7 @@ class FourierEmbedding(KeepsDtype, MegatronModule):
         settings, (_, d_in, d_out) = self.fope, self.geometry.coefficient_shape
         between = self.interpolation
         if between is not None and between.active:
-            settings, d_in, d_out = between.settings, between.inv_freq.numel() + 1, between.half
+            settings, d_in, d_out = between.settings, between.inv_freq.numel() + 1, between.num_pairs
         case = Case(
             config=settings,
             dtype=dtype,
@@ -237,7 +240,7 @@ class FourierEmbedding(KeepsDtype, MegatronModule):
         between = self.interpolation
         if between is not None and not between.active:
             between = None
-        sin_basis, cos_basis = self._basis(query, position_ids, *layout, between)
+        sin_basis, cos_basis = self._basis(query, position_ids, between, *layout)
         chosen = self.backend(query.device, query.dtype, query.size(2), key.size(2), query.size(0))
         if between is None:
             coefficients = self.coefficients(shared=chosen.keeps_tables)
@@ -251,11 +254,11 @@ class FourierEmbedding(KeepsDtype, MegatronModule):
         self,
         query: Tensor,
         position_ids: Tensor | None,
+        between: Interpolation | None,
         cp_group: Any,
         packed: Any,
         context: Any,
         offset: Tensor | None,
-        between: Interpolation | None,
     ) -> tuple[Tensor, Tensor]:
         def build() -> tuple[Tensor, Tensor]:
             if position_ids is not None:

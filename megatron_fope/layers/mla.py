@@ -32,6 +32,8 @@ class FoPEMLASelfAttention(FoPEAttention, MLASelfAttention):
     Needs an ``MLATransformerConfig`` with ``rope_type="rope"``.
     """
 
+    rotary_pos_emb: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # cos(0) = 1 and sin(0) = 0 leave what Megatron rotates bit for bit as it is.

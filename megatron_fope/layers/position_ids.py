@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -46,7 +47,7 @@ def _on_new_part(model: torch.nn.Module, name: str, part: torch.nn.Module | None
         return
     if not any(isinstance(module, FoPEAttention) for module in part.modules()):
         return
-    if "position_ids" not in _signature(type(model)).parameters:
+    if "position_ids" not in _signature(type(model).forward).parameters:
         return
     if _on_model_start not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_on_model_start, with_kwargs=True)
@@ -55,8 +56,8 @@ def _on_new_part(model: torch.nn.Module, name: str, part: torch.nn.Module | None
 
 
 @functools.cache
-def _signature(model_class: type) -> inspect.Signature:
-    return inspect.signature(model_class.forward)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def expect_plain_position_ids(model: torch.nn.Module) -> None:
@@ -68,8 +69,8 @@ def expect_plain_position_ids(model: torch.nn.Module) -> None:
     setattr(model, _PLAIN, "unchecked")
 
 
-def _on_model_start(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    call = _signature(type(model)).bind_partial(model, *args, **kwargs).arguments
+def _on_model_start(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    call = _signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
     _running.set((model, _ids_to_honour(model, call), _running.get()))
 
 

@@ -51,4 +51,5 @@ class KeepsDtype(torch.nn.Module):
                 tensor.copy_(value)
 
     def _own_tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self._parameters.items(), *self._buffers.items()]
+        named = (*self._parameters.items(), *self._buffers.items())
+        return [(name, tensor) for name, tensor in named if tensor is not None]

@@ -53,6 +53,8 @@ class LayerReport:
     def summary(self) -> str:
         """One line for logs: profile, train length, frequencies and their scaling, channels, gain."""
         fope = self.fope
+        if fope is None:
+            return "no FoPE"
         scaling = ""
         if fope.scaling != "none":
             order = "before" if fope.scaling_before_clip else "after"
