@@ -177,6 +177,11 @@ def _tensors(
         empty = torch.empty(size, dtype=dtype or stored, device="meta")
         return name, _Tensor(empty, lambda: read(megatron)[: size[0]].to(empty.dtype))
 
+    def piece(
+        weight: Weight, stored: str, index: tuple[int, ...], number: int, kept: torch.dtype
+    ) -> Callable[[], Tensor]:
+        return lambda: weight.split(read(stored, index), shape)[number].to(kept)
+
     yield whole(*EMBEDDING, rows=config["vocab_size"])
     for layer in range(shape.num_layers):
         for weight in layer_weights(family, shape, names):
@@ -191,18 +196,10 @@ def _tensors(
                     )
                 kept = torch.float32 if is_coefficient else dtype or entry.properties.dtype
                 empty = torch.empty(weight.size, dtype=kept, device="meta")
-                for i, (name, part) in enumerate(
-                    zip(weight.huggingface, weight.split(empty, shape), strict=True)
-                ):
-                    yield (
-                        f"model.layers.{layer}.{name.format(expert=expert)}",
-                        _Tensor(
-                            part,
-                            lambda stored=stored, index=index, i=i, weight=weight, kept=kept: weight.split(
-                                read(stored, index), shape
-                            )[i].to(kept),
-                        ),
-                    )
+                parts = zip(weight.huggingface, weight.split(empty, shape), strict=True)
+                for number, (name, part) in enumerate(parts):
+                    key = f"model.layers.{layer}.{name.format(expert=expert)}"
+                    yield key, _Tensor(part, piece(weight, stored, index, number, kept))
     yield whole(*FINAL_NORM)
     if config["tie_word_embeddings"]:
         left.discard(OUTPUT[0])

@@ -267,9 +267,10 @@ def _wanted(
                     files.check(source, tuple(part.shape))
                     for source, part in zip(sources, parts, strict=True)
                 ]
-                index, stacked = (layer,), (shape.num_layers,)
+                index: tuple[int, ...] = (layer,)
+                stacked: tuple[int, ...] = (shape.num_layers,)
                 if expert is not None:
-                    index, stacked = (layer, expert), (*stacked, shape.num_experts)
+                    index, stacked = (layer, expert), (shape.num_layers, shape.num_experts)
                 for name in filter(None, (weight.megatron, weight.also)):
                     yield _Wanted(
                         f"decoder.layers.{name}", index, stacked, sources, weight.size, dtypes[0],

@@ -102,12 +102,21 @@ def family_of(args: Any, where: str) -> Family:
 def shape_of_args(args: Any, fope: FoPEConfig | None) -> Shape:
     """The sizes that the map of weights needs, from Megatron's arguments and FoPE's settings."""
     coefficients: tuple[int, ...] = ()
+    kv_heads = num_kv_heads_of(args) or args.num_attention_heads
     if fope is not None:
-        coefficients = Geometry(fope, args.kv_channels, num_kv_heads_of(args)).coefficient_shape
+        coefficients = Geometry(fope, args.kv_channels, kv_heads).coefficient_shape
     experts = getattr(args, "num_experts", None) or 0
-    sizes = args.num_layers, args.num_attention_heads, num_kv_heads_of(args), args.kv_channels
     ffn = (getattr(args, "moe_ffn_hidden_size", None) if experts else None) or args.ffn_hidden_size
-    return Shape(*sizes, args.hidden_size, ffn, experts, coefficients)
+    return Shape(
+        num_layers=args.num_layers,
+        num_heads=args.num_attention_heads,
+        num_kv_heads=kv_heads,
+        head_dim=args.kv_channels,
+        hidden_size=args.hidden_size,
+        ffn_size=ffn,
+        num_experts=experts,
+        coefficients=coefficients,
+    )
 
 
 def config_of(source: Checkpoint, vocab_size: int, max_length: int | None, where: str) -> dict[str, Any]:
