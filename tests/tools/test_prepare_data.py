@@ -392,6 +392,18 @@ def test_a_folder_in_place_of_a_file_of_the_output(tmp_path: Path, out: Path) ->
     assert left_behind(out) == ["data.bin", "data.idx", "data.json"]
 
 
+def test_encoding_that_is_left_half_way_disturbs_no_other() -> None:
+    from megatron_fope.tools.data.tokenizers import encode_documents, load_tokenizer
+
+    tokenizer, documents, before = load_tokenizer("bytes"), [b"one", b"two"], dict(os.environ)
+    first = encode_documents(tokenizer, documents, np.uint16)
+    next(first)
+    second = encode_documents(tokenizer, documents, np.uint16)
+    next(second)
+    first.close()
+    assert len(list(second)) == 1 and dict(os.environ) == before
+
+
 def test_an_input_is_never_replaced(out: Path) -> None:
     source = write_jsonl(out / "data.json", ["x"])
     before = source.read_bytes()

@@ -195,20 +195,26 @@ def encode_documents(
     """
     if workers > 1 and not tokenizer.in_threads:
         logger.warning("--workers is %d, but %s is a tokenizer for one thread", workers, tokenizer.path)
-    with _environment(TOKENIZERS_PARALLELISM=str(workers > 1).lower(), RAYON_NUM_THREADS=str(workers)):
-        chunk: list[bytes] = []
-        size = 0
-        for text in documents:
-            chunk.append(text)
-            size += len(text)
-            if size >= _CHUNK_BYTES:
-                yield from tokenizer.encode(chunk, dtype)
-                chunk, size = [], 0
-        yield from tokenizer.encode(chunk, dtype)
+    variables = {"TOKENIZERS_PARALLELISM": str(workers > 1).lower(), "RAYON_NUM_THREADS": str(workers)}
+
+    def encode(chunk: list[bytes]) -> list[NDArray[Any]]:
+        # Not around a yield: a generator that is left half-way ends at any time, in the middle of another.
+        with _environment(variables):
+            return list(tokenizer.encode(chunk, dtype))
+
+    chunk: list[bytes] = []
+    size = 0
+    for text in documents:
+        chunk.append(text)
+        size += len(text)
+        if size >= _CHUNK_BYTES:
+            yield from encode(chunk)
+            chunk, size = [], 0
+    yield from encode(chunk)
 
 
 @contextmanager
-def _environment(**variables: str) -> Iterator[None]:
+def _environment(variables: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
