@@ -124,15 +124,16 @@ class Checkpoint:
         Raises:
             UserError: a part is missing or cannot be read, because its file is damaged.
         """
-        entry, leading = self.tensors[name], len(index)
-        places = {tuple(i.offset or ()): s for i, s in self.metadata.storage_data.items() if i.fqn == name}
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        entry, leading = self.metadata.state_dict_metadata[name], len(index)
         value = torch.empty(entry.size[leading:], dtype=entry.properties.dtype)
         count = 0
         for chunk in entry.chunks:
             inside = tuple(i - o for i, o in zip(index, chunk.offsets, strict=False))
             if not all(0 <= i < n for i, n in zip(inside, chunk.sizes, strict=False)):
                 continue
-            place = places.get(tuple(chunk.offsets))
+            place = self.metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
             if place is None:
                 continue
             try:

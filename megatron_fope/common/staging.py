@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_fope.common.errors import UserError
@@ -37,6 +37,54 @@ def staging_folder(target: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_new_folder(name: str, target: Path) -> None:
+    """Refuse a name that is taken; ``name`` is how messages call the folder, for example "TARGET".
+
+    Raises:
+        UserError: naming it.
+    """
+    if os.path.lexists(target):
+        raise UserError(f"{name} is {str(target)!r}, which exists; use a new folder")
+
+
+@contextmanager
+def new_folder(name: str, target: Path) -> Iterator[Path]:
+    """A new folder to fill, which gets its name when it is whole; missing folders above it are made.
+
+    Args:
+        name: how messages call it, for example "TARGET".
+        target: the folder.
+
+    Raises:
+        UserError: it cannot be written, or another process has made it meanwhile. Nothing is left.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with staging_folder(target) as folder:
+            new = folder / target.name
+            new.mkdir()
+            yield new
+            if os.path.lexists(target):
+                raise UserError(f"{name} is {str(target)!r}: it was made meanwhile; use a new folder")
+            new.rename(target)
+        sync(target.parent)
+    except OSError as error:
+        raise UserError(
+            f"{name} is {str(target)!r}: it cannot be written ({error.strerror or error}); nothing was left "
+            "there"
+        ) from error
+
+
+def sync(folder: Path) -> None:
+    """Make names in a folder durable; some network file systems cannot, and need not."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

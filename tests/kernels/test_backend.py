@@ -9,8 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("megatron.core")
-
 from megatron_fope import kernels
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig

@@ -19,8 +19,6 @@ from torch import Tensor
 from megatron_fope.formula import functional
 from megatron_fope.kernels import ops, torch_rotary
 
-pytest.importorskip("triton")
-
 NEW = hasattr(torch.backends, "fp32_precision")
 CUDA, CPU = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
 GETTERS: dict[str, Callable[[], Any]] = {

@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("megatron.core")
-
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig
 from megatron_fope.kernels.cache import VersionedCache

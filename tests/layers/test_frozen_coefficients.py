@@ -15,9 +15,6 @@ import torch
 from kernel_fixtures import interpreter  # noqa: F401
 from torch import Tensor
 
-pytest.importorskip("triton")
-pytest.importorskip("megatron.core")
-
 from megatron_fope.formula.config import FoPEConfig
 from megatron_fope.kernels import cache, launch
 from megatron_fope.layers import anneal, embedding

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_fope.arguments.megatron import train_length_of
 from megatron_fope.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_fope.common.errors import UserError
-from megatron_fope.common.staging import leftovers
+from megatron_fope.common.staging import check_new_folder, leftovers
 from megatron_fope.tools.conversion import settings, writing
 from megatron_fope.tools.conversion.layers import attention_layers, new_parts
 
@@ -128,7 +128,6 @@ def _check_target(source: Path, target: Path) -> None:
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise UserError(f"TARGET is {str(target)!r}, which is SOURCE or a part of it; use a new folder")
-    if target.exists() or target.is_symlink():
-        raise UserError(f"TARGET is {str(target)!r}, which exists; use a new folder")
+    check_new_folder("TARGET", target)
     if not target.parent.is_dir():
         raise UserError(f"TARGET is {str(target)!r}: the folder {str(target.parent)!r} does not exist")

@@ -6,7 +6,6 @@ half-made has the final name.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import errno
 import fcntl
@@ -29,7 +28,7 @@ from megatron_fope.checkpoint.files import TRACKER, find_problem, iteration_fold
 from megatron_fope.checkpoint.metadata import METADATA
 from megatron_fope.checkpoint.reader import COMMON_ENTRY, COMMON_FILE, Checkpoint
 from megatron_fope.common.errors import UserError
-from megatron_fope.common.staging import staging_folder
+from megatron_fope.common.staging import new_folder, sync
 from megatron_fope.tools.conversion.layers import Part
 
 LINKS = ("copy", "hard", "symbolic")
@@ -91,23 +90,10 @@ def write(
         UserError: the disk is full, files cannot be linked, or the source changed meanwhile. Nothing is left.
     """
     before = _state_of_files(source)
-    try:
-        with staging_folder(target) as folder:
-            new = folder / target.name
-            written = _build(source, new, args, set(removed), parts, link)
-            if _state_of_files(source) != before:
-                raise UserError(
-                    f"SOURCE {str(source.folder)!r} was changed while it was converted; try again"
-                )
-            if os.path.lexists(target):
-                raise UserError(f"TARGET is {str(target)!r}: it was made meanwhile; use a new folder")
-            new.rename(target)
-        _sync(target.parent)
-    except OSError as error:
-        raise UserError(
-            f"TARGET is {str(target)!r}: it cannot be written ({error.strerror or error}); nothing was left "
-            "there"
-        ) from error
+    with new_folder("TARGET", target) as folder:
+        written = _build(source, folder, args, set(removed), parts, link)
+        if _state_of_files(source) != before:
+            raise UserError(f"SOURCE {str(source.folder)!r} was changed while it was converted; try again")
     return written
 
 
@@ -125,42 +111,26 @@ def create(target: Path, common: dict[str, Any], parts: Iterable[Part], empty: I
     """
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-    try:
-        with staging_folder(target) as folder:
-            new = folder / target.name
-            iteration = new / iteration_folder("release")
-            iteration.mkdir(parents=True)
-            metadata = Metadata(state_dict_metadata={}, storage_data={})
-            data = _DataFile(iteration, metadata)
-            for part in parts:
-                if data.size > _FILE_SIZE:
-                    data.close()
-                    data = _DataFile(iteration, metadata)
-                data.add(part)
-            for name in empty:
-                metadata.state_dict_metadata[name] = BytesStorageMetadata()
-                data.replace(name, [None])
-            data.close()
-            buffer = io.BytesIO()
-            inert.save(common, buffer)
-            _write(iteration / COMMON_FILE, buffer.getvalue())
-            _write(iteration / METADATA, pickle.dumps(metadata))
-            _write(iteration / "metadata.json", json.dumps(_FORMAT).encode())
-            _write(new / TRACKER, b"release")
-            _sync(iteration)
-            new.rename(target)
-        _sync(target.parent)
-    except OSError as error:
-        raise UserError(
-            f"CHECKPOINT is {str(target)!r}: it cannot be written ({error.strerror or error}); nothing was "
-            "left there"
-        ) from error
+    with new_folder("CHECKPOINT", target) as folder:
+        path = folder / iteration_folder("release")
+        path.mkdir()
+        metadata = Metadata(state_dict_metadata={}, storage_data={})
+        data = _DataFile(path, metadata)
+        for part in parts:
+            if data.size > _FILE_SIZE:
+                data.close()
+                data = _DataFile(path, metadata)
+            data.add(part)
+        for name in empty:
+            metadata.state_dict_metadata[name] = BytesStorageMetadata()
+            data.replace(name, [None])
+        data.close()
+        _finish("CHECKPOINT", folder, "release", metadata, common, json.dumps(_FORMAT).encode())
 
 
 def _build(
     source: Checkpoint, folder: Path, args: Any, removed: set[str], parts: Iterable[Part], link: str
 ) -> Written:
-    folder.mkdir()
     new = folder / iteration_folder(source.iteration)
     new.mkdir()
     written = _bring_files(source.path, new, link)
@@ -181,18 +151,44 @@ def _build(
         data.replace(COMMON_ENTRY, [common])
     written.coefficients = data.tensors
     written.written_bytes += data.close()
-    if not source.common_in_table:
+    written.written_bytes += _finish(
+        "TARGET",
+        folder,
+        source.iteration,
+        metadata,
+        None if source.common_in_table else common,
+        (source.path / "metadata.json").read_bytes(),
+    )
+    return written
+
+
+def _finish(
+    name: str, folder: Path, iteration: int | str, metadata: Any, common: dict[str, Any] | None, kind: bytes
+) -> int:
+    """Write what goes with the data files of an iteration; returns the number of bytes.
+
+    Args:
+        name: how messages call the folder.
+        folder: the checkpoint's.
+        iteration: number or "release".
+        metadata: the table of contents.
+        common: what is no tensor; None where the table has it.
+        kind: of ``metadata.json``.
+    """
+    path = folder / iteration_folder(iteration)
+    size = 0
+    if common is not None:
         buffer = io.BytesIO()
         inert.save(common, buffer)
-        written.written_bytes += _write(new / COMMON_FILE, buffer.getvalue())
-    written.written_bytes += _write(new / METADATA, pickle.dumps(metadata))
-    written.written_bytes += _write(new / "metadata.json", (source.path / "metadata.json").read_bytes())
-    _sync(new)
-    if problem := find_problem(new):
-        raise UserError(f"TARGET would not be whole: {problem}")
-    written.written_bytes += _write(folder / TRACKER, str(source.iteration).encode())
-    _sync(folder)
-    return written
+        size += _write(path / COMMON_FILE, buffer.getvalue())
+    size += _write(path / METADATA, pickle.dumps(metadata))
+    size += _write(path / "metadata.json", kind)
+    sync(path)
+    if problem := find_problem(path):
+        raise UserError(f"{name} would not be whole: {problem}")
+    size += _write(folder / TRACKER, str(iteration).encode())
+    sync(folder)
+    return size
 
 
 class _DataFile:
@@ -342,16 +338,6 @@ def _write(file: Path, data: bytes) -> int:
         stream.flush()
         os.fsync(stream.fileno())
     return len(data)
-
-
-def _sync(folder: Path) -> None:
-    """Make names in a folder durable; some network file systems cannot, and need not."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _state_of_files(source: Checkpoint) -> dict[str, tuple[int, int, int]]:

@@ -124,6 +124,6 @@ def vocabulary(stored: Any) -> tuple[int | None, str]:
     """How many ids a checkpoint's model knows, as far as its arguments tell, and what they are the ids of."""
     padded, own = getattr(stored, "padded_vocab_size", None), getattr(stored, "vocab_size", None)
     if getattr(stored, "tokenizer_type", None) == "NullTokenizer" and own:
-        # Megatron through 0.18 adds an id for the end of documents.
+        # Megatron through 0.17 adds an id for the end of documents.
         return min(own + 1, padded or own + 1), "the tokenizer"
     return padded or own, "the vocabulary"

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""What weights can be exported in."""
+
+SHARD_SIZE = "5GB"
+"""Of the largest exported file."""
+
 
 def register() -> None:
     """Make transformers' auto classes load FoPE folders by this file, without ``trust_remote_code``.

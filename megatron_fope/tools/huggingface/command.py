@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_fope.common.command_line import whole
-
-_DTYPES = ("float32", "bfloat16", "float16")
+from megatron_fope.tools.huggingface import DTYPES, SHARD_SIZE
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +28,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         help="longest text in tokens that engines accept (max_position_embeddings); default: the training "
         "length. FoPE models hold beyond it: give the length up to which you have evaluated yours",
     )
-    add("--shard-size", default="5GB", metavar="SIZE", help="largest file (5GB)")
-    add("--dtype", choices=_DTYPES, help="of the weights; default: as stored")
+    add("--shard-size", default=SHARD_SIZE, metavar="SIZE", help=f"largest file ({SHARD_SIZE})")
+    add("--dtype", choices=DTYPES, help="of the weights; default: as stored")
 
 
 def run_export(arguments: argparse.Namespace) -> int:

@@ -18,12 +18,9 @@ from megatron_fope import compat
 from megatron_fope.arguments.flags import fope_config_of_checkpoint
 from megatron_fope.checkpoint.reader import Checkpoint, is_optimizer, open_checkpoint
 from megatron_fope.common.errors import UserError
-from megatron_fope.common.staging import staging_folder
-from megatron_fope.tools.huggingface import settings
+from megatron_fope.common.staging import check_new_folder, new_folder
+from megatron_fope.tools.huggingface import SHARD_SIZE, settings
 from megatron_fope.tools.huggingface.families import EMBEDDING, FINAL_NORM, OUTPUT, Weight, layer_weights
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,8 @@ def export(
         max_length: ``max_position_embeddings``, the longest text in tokens that engines accept; None: the
             length that the model was trained with.
         shard_size: largest size of a file, for example "5GB".
-        dtype: one of :data:`DTYPES` for the weights; None: as stored. Coefficients are always float32.
+        dtype: one of :data:`megatron_fope.tools.huggingface.DTYPES` for the weights; None: as stored.
+            Coefficients are always float32.
 
     Raises:
         UserError: no such checkpoint, a model that no family has, a tokenizer with more ids than the model,
@@ -86,8 +84,7 @@ def export(
         name = (error.name or "").partition(".")[0]
         raise UserError(f"export needs {name}; install it with: pip install {name}") from None
     out = Path(out)
-    if out.exists() or out.is_symlink():
-        raise UserError(f"OUT is {str(out)!r}, which exists; use a new folder")
+    check_new_folder("OUT", out)
     source = open_checkpoint(checkpoint, iteration, name="CHECKPOINT")
     where = f"CHECKPOINT is {str(source.folder)!r}"
     if source.metadata is None:
@@ -98,27 +95,20 @@ def export(
     rows = stored.size[0]
     vocab_size = min(_vocab_size(source.args) or rows, rows)
     config = settings.config_of(source, vocab_size, max_length, where)
-    kept = DTYPES[dtype] if dtype else None
+    kept = getattr(torch, dtype) if dtype else None
     config["dtype"] = config["torch_dtype"] = str(kept or stored.properties.dtype).removeprefix("torch.")
     special = _special_tokens(tokenizer, vocab_size)
     config |= special
     tensors = dict(_tensors(source, config, kept, where))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with staging_folder(out) as staging:
-            new = staging / out.name
-            new.mkdir()
-            _write_weights(tensors, new, shard_size)
-            if tokenizer is not None:
-                _write_tokenizer(tokenizer, new, special)
-            if "auto_map" in config:
-                name = f"{settings.MODELING}.py"
-                shutil.copyfile(Path(__file__).with_name(name), new / name)
-            # Last: without it nothing loads.
-            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            new.rename(out)
-    except OSError as error:
-        raise UserError(f"OUT is {str(out)!r}: it cannot be written ({error})") from None
+    with new_folder("OUT", out) as new:
+        _write_weights(tensors, new, shard_size)
+        if tokenizer is not None:
+            _write_tokenizer(tokenizer, new, special)
+        if "auto_map" in config:
+            name = f"{settings.MODELING}.py"
+            shutil.copyfile(Path(__file__).with_name(name), new / name)
+        # Last: without it nothing loads.
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return Exported(
         folder=out,
         architecture=config["architectures"][0],
@@ -152,54 +142,57 @@ def _tensors(
     names = fope.coefficient_names if fope else ()
     family = settings.family_of(source.args, where)
     shape = settings.shape_of_args(source.args, fope)
-    left = {name for name in source.tensors if not is_optimizer(name)}
-    read = functools.lru_cache(maxsize=2)(source.read_tensor)
+    stored_tensors = source.tensors
+    left = {name for name in stored_tensors if not is_optimizer(name)}
+    read = functools.lru_cache(maxsize=1)(source.read_tensor)  # of a layer, all experts and parts at once
 
-    def place(weight: Weight, layer: int, *rest: int) -> tuple[str, tuple[int, ...]]:
+    def place(weight: Weight, layer: int) -> tuple[str, tuple[int, ...]]:
         """Where a layer's tensor is: Megatron stacks those of equal layers."""
         names = (weight.megatron, weight.also) if weight.also else (weight.megatron,)
-        places = {f"decoder.layers.{name}": (layer, *rest) for name in names}
-        places |= {_single(layer, name): rest for name in names}
+        places: dict[str, tuple[int, ...]] = {f"decoder.layers.{name}": (layer,) for name in names}
+        places |= {_single(layer, name): () for name in names}
         left.difference_update(places)
         for stored, index in places.items():
-            if stored in source.tensors:
+            if stored in stored_tensors:
                 return stored, index
         missing = _single(layer, weight.megatron)
         raise UserError(f"{where}: it has no {missing}, which {family.architecture} needs")
 
     def whole(megatron: str, name: str, rows: int | None = None) -> tuple[str, _Tensor]:
-        if megatron not in source.tensors:
+        if megatron not in stored_tensors:
             raise UserError(f"{where}: it has no {megatron}, which {family.architecture} needs")
         left.discard(megatron)
-        size = list(source.tensors[megatron].size)
+        size = list(stored_tensors[megatron].size)
         size[0] = rows or size[0]
-        stored = source.tensors[megatron].properties.dtype
+        stored = stored_tensors[megatron].properties.dtype
         empty = torch.empty(size, dtype=dtype or stored, device="meta")
         return name, _Tensor(empty, lambda: read(megatron)[: size[0]].to(empty.dtype))
 
     def piece(
-        weight: Weight, stored: str, index: tuple[int, ...], number: int, kept: torch.dtype
+        weight: Weight, place: tuple[str, tuple[int, ...]], expert: int | None, number: int, kept: torch.dtype
     ) -> Callable[[], Tensor]:
-        return lambda: weight.split(read(stored, index), shape)[number].to(kept)
+        def read_piece() -> Tensor:
+            value = read(*place)
+            return weight.split(value if expert is None else value[expert], shape)[number].to(kept)
+
+        return read_piece
 
     yield whole(*EMBEDDING, rows=config["vocab_size"])
     for layer in range(shape.num_layers):
         for weight in layer_weights(family, shape, names):
-            is_coefficient = ".fope." in weight.megatron
+            stored, index = place(weight, layer)
+            entry = stored_tensors[stored]
+            size = (shape.num_experts, *weight.size) if weight.per_expert else weight.size
+            if tuple(entry.size[len(index) :]) != size:
+                raise UserError(
+                    f"{where}: {stored} has the size {list(entry.size)}, which does not fit its arguments"
+                )
+            kept = torch.float32 if ".fope." in weight.megatron else dtype or entry.properties.dtype
+            empty = weight.split(torch.empty(weight.size, dtype=kept, device="meta"), shape)
             for expert in range(shape.num_experts) if weight.per_expert else (None,):
-                rest = () if expert is None else (expert,)
-                stored, index = place(weight, layer, *rest)
-                entry = source.tensors[stored]
-                if tuple(entry.size[len(index) :]) != weight.size:
-                    raise UserError(
-                        f"{where}: {stored} has the size {list(entry.size)}, which does not fit its arguments"
-                    )
-                kept = torch.float32 if is_coefficient else dtype or entry.properties.dtype
-                empty = torch.empty(weight.size, dtype=kept, device="meta")
-                parts = zip(weight.huggingface, weight.split(empty, shape), strict=True)
-                for number, (name, part) in enumerate(parts):
+                for number, (name, part) in enumerate(zip(weight.huggingface, empty, strict=True)):
                     key = f"model.layers.{layer}.{name.format(expert=expert)}"
-                    yield key, _Tensor(part, piece(weight, stored, index, number, kept))
+                    yield key, _Tensor(part, piece(weight, (stored, index), expert, number, kept))
     yield whole(*FINAL_NORM)
     if config["tie_word_embeddings"]:
         left.discard(OUTPUT[0])

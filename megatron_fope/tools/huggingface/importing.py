@@ -16,6 +16,7 @@ from megatron_fope import compat
 from megatron_fope.arguments.flags import FIELDS, FOPE, resolve_fope_arguments
 from megatron_fope.arguments.parser import megatron_parser, parse
 from megatron_fope.common.errors import UserError
+from megatron_fope.common.staging import check_new_folder
 from megatron_fope.formula.config import FoPEConfig
 from megatron_fope.tools.conversion.layers import Part
 from megatron_fope.tools.conversion.writing import create
@@ -71,8 +72,7 @@ def import_model(
     """
     folder, target = Path(folder), Path(checkpoint)
     where = f"HF_FOLDER is {str(folder)!r}"
-    if target.exists() or target.is_symlink():
-        raise UserError(f"CHECKPOINT is {str(target)!r}, which exists; use a new folder")
+    check_new_folder("CHECKPOINT", target)
     if not target.parent.is_dir():
         raise UserError(f"CHECKPOINT is {str(target)!r}: the folder {str(target.parent)!r} does not exist")
     config = _read_json(folder / "config.json", where)
