@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -26,6 +26,9 @@ from megatron_fope.formula.geometry import rotary_frequencies
 
 ROPE_TYPES = ("rope", "yarn")
 """Values of ``--position-embedding-type`` that rotate pairs of channels by RoPE's angles."""
+
+Scalable = Literal["never", "unscaled", "any"]
+"""Which RoPE models a start may scale anew."""
 
 _PASSED: set[str] | None = None
 """What the training script passed to the model that it built last; None: it has built none."""
@@ -132,7 +135,9 @@ def ignored_flags(args: Any) -> list[str]:
     return lines
 
 
-def check_same_rope(args: Any, stored: Any, config: FoPEConfig, where: str, *, strict: bool) -> None:
+def check_same_rope(
+    args: Any, stored: Any, config: FoPEConfig, where: str, *, may_scale: Scalable = "never"
+) -> bool:
     """Refuse to continue a RoPE model whose angles FoPE does not have.
 
     Args:
@@ -140,7 +145,11 @@ def check_same_rope(args: Any, stored: Any, config: FoPEConfig, where: str, *, s
         stored: the RoPE checkpoint's; what they lack is taken from ``args``.
         config: the run's settings.
         where: how messages name the checkpoint: "the checkpoint in FOLDER".
-        strict: also where FoPE's settings ask for another scaling of the frequencies.
+        may_scale: of which models FoPE's settings may scale the frequencies anew: of none, of those that
+            were trained without a scaling, of all.
+
+    Returns:
+        Whether the frequencies are the checkpoint's; False: they are scaled anew.
 
     Raises:
         UserError: naming the difference and what to do.
@@ -153,8 +162,13 @@ def check_same_rope(args: Any, stored: Any, config: FoPEConfig, where: str, *, s
             f"--rotary-percent was {stored.rotary_percent} for {where}; FoPE rotates the whole head and "
             "cannot continue it"
         )
-    if _equal(config, rope, head_dim) or (not strict and _scaled(config)):
-        return
+    if _equal(config, rope, head_dim):
+        return True
+    unscaled = dataclasses.replace(config, scaling="none", attention_scaling=1.0)
+    if _scaled(config) and (
+        may_scale == "any" or (may_scale == "unscaled" and _equal(unscaled, rope, head_dim))
+    ):
+        return False
     right = next(
         (s for s in _candidates(stored, rope) if _equal(dataclasses.replace(config, **s), rope, head_dim)),
         None,

@@ -17,11 +17,13 @@ from megatron_fope.arguments.flags import (
     FOPE,
     GROW,
     START_FROM_ROPE,
+    STARTS,
     fope_config_from_args,
     fope_config_of_checkpoint,
 )
 from megatron_fope.arguments.megatron import dashes, head_dim_of, num_kv_heads_of
-from megatron_fope.arguments.rope import ROPE_TYPES, check_same_rope
+from megatron_fope.arguments.rope import ROPE_TYPES, Scalable, check_same_rope
+from megatron_fope.checkpoint.effect import describe_scaling, start_effect
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig, flag
 from megatron_fope.formula.geometry import Geometry
@@ -262,9 +264,25 @@ class FromRope(Start):
                 "leave it out"
             )
 
+    @property
+    def way(self) -> str:
+        """One of :data:`megatron_fope.arguments.flags.STARTS`."""
+        return self.args.fope_start_from_rope or STARTS[0]
+
+    @cached_property
+    def same_rope(self) -> bool:
+        """Whether the frequencies, before the clip, are the checkpoint's; False: they are scaled anew.
+
+        Raises:
+            UserError: another scaling than the checkpoint's, where the start cannot change it.
+        """
+        scalable: dict[str, Scalable] = {"immediate": "any", "function-preserving": "unscaled"}
+        may_scale = scalable.get(self.way, "never")
+        return check_same_rope(self.args, self.stored, self.config, self.where, may_scale=may_scale)
+
     def check_model(self) -> None:
         """Refuse a RoPE model that rotates by other frequencies than this run starts with."""
-        start = self.args.fope_start_from_rope
+        start = self.way
         base = getattr(self.stored, "rotary_base", self.args.rotary_base)
         if start == "function-preserving" and float(base) != self.config.rotary_base:
             raise UserError(
@@ -272,7 +290,7 @@ class FromRope(Start):
                 f"{START_FROM_ROPE} function-preserving keeps it, change it with immediate or later "
                 f"with {GROW}"
             )
-        check_same_rope(self.args, self.stored, self.config, self.where, strict=start != "immediate")
+        self.same_rope  # noqa: B018
 
     def requested(self, tensor: Any) -> None:
         return None
@@ -290,8 +308,22 @@ class FromRope(Start):
             f"the coefficients are fresh (seed {self.config.seed}): {folder} is a RoPE model{changed}; "
             "everything else is loaded from it"
         )
+        yield self.effect()
         if getattr(self.args, "fope_grow", None):
             yield f"{GROW} has no effect: {folder} is a RoPE model"
+
+    def effect(self) -> str:
+        """What the start does to the function of a trained model, in one line."""
+        config, geometry = self.config, Geometry(self.config, head_dim_of(self.args))
+        if self.way != "function-preserving":
+            scaled = "" if self.same_rope else f"; its frequencies are scaled by {describe_scaling(config)}"
+            return start_effect(self.way, geometry) + scaled
+        if self.same_rope:
+            return "the start preserves the function: the first loss is the checkpoint's own"
+        return (
+            f"the start preserves the function of the checkpoint scaled by {describe_scaling(config)}: the "
+            "first loss is that model's, not the checkpoint's own"
+        )
 
 
 class Grow(Start):

@@ -11,7 +11,7 @@ import torch
 from trainer import FOPE, SHARP, Run, Trainer
 
 from megatron_fope import FoPEConfig
-from megatron_fope.arguments.rope import check_same_rope, rope_of
+from megatron_fope.arguments.rope import Scalable, check_same_rope, rope_of
 from megatron_fope.common.errors import UserError
 
 LONG = ("--fope-train-length", "1000000")
@@ -119,15 +119,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("strict", [True, False])
-def test_other_frequencies(name: str, strict: bool) -> None:
+@pytest.mark.parametrize("may_scale", ["never", "unscaled", "any"])
+def test_other_frequencies(name: str, may_scale: Scalable) -> None:
     """The line says what to do, and with that the start is accepted."""
     changes, advice = REFUSED[name]
     stored = arguments(**changes)
     args = arguments(position_embedding_type="fope", **(LATENT if "latent" in name else {}))
     config = FoPEConfig.from_profile(train_length=64)
     with pytest.raises(UserError) as error:
-        check_same_rope(args, stored, config, "there", strict=strict)
+        check_same_rope(args, stored, config, "there", may_scale=may_scale)
     message = str(error.value)
     assert advice in message and "\n" not in message
     if "use --fope" in message:
@@ -137,16 +137,22 @@ def test_other_frequencies(name: str, strict: bool) -> None:
         read = {"int": int, "float": float, "str": str}
         right = {name: read[kinds[name]](value) for name, value in given.items()}
         right = dataclasses.replace(config, **right)
-        check_same_rope(args, stored, right, "there", strict=True)
+        assert check_same_rope(args, stored, right, "there")
 
 
 def test_a_scaling_that_is_asked_for() -> None:
-    """A start at once may change the frequencies, the starts that keep RoPE may not."""
+    """A start at once may change any frequencies, one that preserves a function those of an unscaled model,
+    the clip alone none."""
     args, stored = arguments(position_embedding_type="fope"), arguments()
     longer = FoPEConfig.from_profile(train_length=64, scaling="linear", scaling_factor=2.0)
-    check_same_rope(args, stored, longer, "there", strict=False)
+    scaled = arguments(rotary_seq_len_interpolation_factor=4)
+    assert not check_same_rope(args, stored, longer, "there", may_scale="any")
+    assert not check_same_rope(args, stored, longer, "there", may_scale="unscaled")
+    assert not check_same_rope(args, scaled, longer, "there", may_scale="any")
     with pytest.raises(UserError, match="use --fope-scaling none"):
-        check_same_rope(args, stored, longer, "there", strict=True)
+        check_same_rope(args, stored, longer, "there")
+    with pytest.raises(UserError, match=r"use --fope-scaling linear --fope-scaling-factor 4\.0"):
+        check_same_rope(args, scaled, longer, "there", may_scale="unscaled")
 
 
 def test_hybrid_models() -> None:

@@ -90,7 +90,6 @@ def test_accepted() -> None:
 @pytest.mark.parametrize(
     ("run", "stored", "said"),
     [
-        (START, ROPE, "the coefficients are fresh (seed 1234): here is a RoPE model; everything else is"),
         (START, {}, "--fope-start-from-rope has no effect: here holds coefficients, which are loaded"),
         (GROW, {}, "--fope-grow has no effect: here has train length 64 already"),
         (GROW, SHORT, "the coefficients grow (aligned) from train length 32 to 64"),
@@ -102,3 +101,41 @@ def test_notes(run: dict[str, Any], stored: dict[str, Any], said: str) -> None:
     start.begin()
     (note,) = start.notes("here")
     assert note.startswith(said)
+
+
+YARN = {"fope_scaling": "yarn", "fope_scaling_factor": 4.0, "fope_original_length": 16}
+SLOWLY = {"fope_start_from_rope": "function-preserving", "fope_anneal_iters": 9}
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (START, "immediate changes what a trained model computes: with settings like these the loss of Smol"),
+        (START | {"kv_channels": 64, "seq_length": 8192}, "from 1.80 to 6.38 in windows of 2048"),
+        (START | {"fope_profile": "intern-s1-pro"}, "from 1.87 to 4.75 in windows of 2048"),
+        (START | {"fope_square": True, "fope_pad_value": "0,1"}, "from 1.87 to 2.04 in windows of 2048"),
+        (START | {"fope_drop_clipped": False}, "from 1.87 to 2.04 in windows of 2048"),
+        (START, "--fope-start-from-rope function-preserving does not jump (docs/from-rope.md)"),
+        (
+            START | YARN,
+            "; its frequencies are scaled by yarn (factor 4, from 16 tokens, sin and cos times 1)",
+        ),
+        (
+            START | {"fope_clip": False, "fope_square": True},
+            "immediate clips nothing here; only the noise of",
+        ),
+        ({"fope_start_from_rope": "clip-only"}, "clip-only changes what a trained model computes: with set"),
+        (SLOWLY, "the start preserves the function: the first loss is the checkpoint's own"),
+        (SLOWLY | YARN, "preserves the function of the checkpoint scaled by yarn (factor 4, from 16 tokens,"),
+        (SLOWLY | YARN, "without YaRN's temperature, which would be --fope-attention-scaling 1.138629"),
+    ],
+)
+def test_a_start_says_what_it_does_to_the_function(run: dict[str, Any], said: str) -> None:
+    stored = {name: value for name, value in run.items() if not name.startswith("fope_")}
+    start = decide(arguments(**run), arguments(**ROPE | stored), "here")
+    assert start is not None
+    start.check()
+    start.begin()
+    fresh, effect, *_ = start.notes("here")
+    assert fresh.startswith("the coefficients are fresh (seed 123")
+    assert said in effect and "\n" not in effect

@@ -77,6 +77,8 @@ def run_convert(args: argparse.Namespace) -> int:
         f"{before} -> {after}, train length {lengths[0]} -> {lengths[1]} tokens, "
         f"iteration {done.iteration} in {done.target}"
     )
+    if done.effect:
+        print(done.effect)
     for name, shape in done.coefficients.items():
         print(f"coefficients {name} {list(shape)}")
     how = {

@@ -26,6 +26,8 @@ class Conversion(writing.Written):
     train_length: tuple[int, int]
     """Before and after, in tokens; a RoPE model's is its ``seq_length``."""
     learnable: bool
+    effect: str | None
+    """What a start from RoPE does to the model's function, in one line."""
     seconds: float
     leftovers: tuple[Path, ...]
     """Hidden folders of other conversions to the same target: interrupted, or still at work."""
@@ -105,6 +107,7 @@ def convert(
         position_embedding_type=(before[0], position_embedding_type),
         train_length=(before[1], train_length_of(plan.args)),
         learnable=plan.new is not None and plan.new.learnable,
+        effect=plan.effect,
         seconds=time.monotonic() - began,
         leftovers=tuple(left),
     )

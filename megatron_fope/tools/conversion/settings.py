@@ -35,6 +35,8 @@ class Settings:
     """None: the source is a RoPE model."""
     new: FoPEConfig | None
     """None: the result is a RoPE model."""
+    effect: str | None = None
+    """What a start from RoPE does to the model's function, in one line."""
 
 
 def plan(
@@ -88,18 +90,19 @@ def plan(
         if value is None and old is not None:
             value = getattr(old, field.name)
         setattr(args, f"fope_{field.name}", value)
+    effect = None
     if old is None:
-        new = _start(checkpoint, args, start)
+        new, effect = _start(checkpoint, args, start)
     else:
         new = fope_config_from_args(args)
         Grow(args, checkpoint.args, "SOURCE", _number(checkpoint)).check_model()
     _refuse_optimizer_of_learnable(checkpoint, new)
     resolve_fope_arguments(args, new)
-    return Settings(args, old, new)
+    return Settings(args, old, new, effect)
 
 
-def _start(checkpoint: Checkpoint, args: Any, start: str | None) -> FoPEConfig:
-    """The settings of a FoPE model that was RoPE; checks what the load-time flag checks."""
+def _start(checkpoint: Checkpoint, args: Any, start: str | None) -> tuple[FoPEConfig, str]:
+    """The settings of a FoPE model that was RoPE, and what the start does; checks what the flag checks."""
     args.fope_start_from_rope = start
     check_start_flags(args)
     config = fope_config_from_args(args)
@@ -109,10 +112,11 @@ def _start(checkpoint: Checkpoint, args: Any, start: str | None) -> FoPEConfig:
             f"--fope-train-length is {config.train_length}, but SOURCE was trained with {trained}; "
             f"allowed: at least {trained}"
         )
-    FromRope(args, checkpoint.args, f"the checkpoint in {checkpoint.folder}").check_model()
+    begun = FromRope(args, checkpoint.args, f"the checkpoint in {checkpoint.folder}")
+    begun.check_model()
     if config.anneal_iters:
         args.fope_anneal_start = _number(checkpoint)
-    return config
+    return config, begun.effect()
 
 
 def _number(checkpoint: Checkpoint) -> int:
