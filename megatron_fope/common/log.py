@@ -14,10 +14,10 @@ def is_rank0() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def announce(*lines: str) -> None:
+def announce(*lines: str, about: str = "FoPE") -> None:
     """Print lines on rank 0."""
     for line in lines if is_rank0() else ():
-        print(f"> FoPE: {line}", flush=True)
+        print(f"> {about}: {line}", flush=True)
 
 
 @contextmanager

@@ -25,6 +25,9 @@ All of them select an implementation, none of them changes what is computed; dro
 Megatron's default.
 """
 
+NO_MASK_FLAGS: tuple[tuple[str, str | None], ...] = (("--no-create-attention-mask-in-dataloader", None),)
+"""The same where no mask but the causal one is needed, for which the fused attention takes none."""
+
 MEGATRON_FSDP_FLAGS: tuple[tuple[str, str | None], ...] = (("--no-gradient-reduce-div-fusion", None),)
 """The same for Megatron FSDP, whose fused division is an operation of NCCL."""
 
@@ -120,7 +123,10 @@ def add_argument_defaults(argv: list[str]) -> list[str]:
         )
 
     completed = list(argv)
-    for flag, value in (*REQUIRED_FLAGS, *(MEGATRON_FSDP_FLAGS if megatron_fsdp else ())):
+    needed = [*REQUIRED_FLAGS, *(MEGATRON_FSDP_FLAGS if megatron_fsdp else ())]
+    if "--reset-attention-mask" not in given:
+        needed += NO_MASK_FLAGS
+    for flag, value in needed:
         if flag not in given:
             completed += [flag] if value is None else [flag, value]
     prepare_environment(fully_sharded=megatron_fsdp or "--use-torch-fsdp2" in given)

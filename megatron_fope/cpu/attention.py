@@ -1,8 +1,11 @@
-"""Core attention for context parallelism and packed sequences without Transformer Engine.
+"""Core attention without Transformer Engine: long sequences, context parallelism, packed sequences.
 
-Megatron's own ``DotProductAttention`` handles neither. The replacement gathers keys and values over the
-context-parallel group with Megatron's differentiable collectives, puts them into their natural order and
-masks by global positions: slow and memory-hungry next to a ring, but exact, and that is what a test needs.
+Megatron's own ``DotProductAttention`` makes the whole matrix of scores, and knows only one rank and one
+document. Here causal attention runs in PyTorch's flash kernel for CPUs, whose memory grows linearly with the
+length. What that kernel cannot do (:func:`why_unfused`) makes the matrix as before.
+
+Under context parallelism, keys and values are gathered over the group with Megatron's differentiable
+collectives and put into their natural order: slow next to a ring, but exact, and that is what a test needs.
 
 Shapes: ``S`` tokens on this rank, ``T`` tokens of the whole sequence or pack, ``B`` batch, ``H`` heads of
 this rank, ``G`` key-value groups of this rank, ``D`` channels per head.
@@ -11,13 +14,17 @@ this rank, ``G`` key-value groups of this rank, ``D`` channels per head.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megatron_fope.common.errors import UserError
+from megatron_fope.common.log import announce
 
 
 def zigzag_positions(num_tokens: int, cp_size: int, cp_rank: int) -> torch.Tensor:
@@ -126,6 +133,99 @@ def _gather_keys_and_values(
     return key.index_select(0, natural), value.index_select(0, natural), held[group.rank()]
 
 
+def why_unfused(module: Any, mask: torch.Tensor | None) -> str | None:
+    """What keeps a ``DotProductAttention`` from the fused kernel, in words for the log; None if nothing does.
+
+    Args:
+        module: the layer's core attention.
+        mask: what comes with the batch; None for a packed one, whose documents are causal.
+    """
+    from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+
+    if (backend := module.config.attention_backend) is not AttnBackend.auto:
+        return f"--attention-backend {backend.name}"
+    if module.attention_dropout.training and module.attention_dropout.p:
+        return "attention dropout"
+    if module.softmax_offset is not None:
+        return f"--softmax-type {module.config.softmax_type}"
+    if module.scale_mask_softmax.window_size is not None:
+        return "a sliding window"
+    if module.attn_mask_type is not AttnMaskType.causal:
+        return "a mask that is not causal"
+    return None if mask is None else "a mask that comes with the batch"
+
+
+def _fuses(module: Any, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether :func:`fused_attention` does this call; said once, with the reason where it does not."""
+    if query.size(0) != key.size(0):  # decoding: a few rows of scores
+        return False
+    unfused = why_unfused(module, mask)
+    _announce(unfused)
+    return unfused is None
+
+
+@functools.cache
+def _announce(unfused: str | None) -> None:
+    if unfused is None:
+        line = "attention in PyTorch's fused kernel, memory linear in the length"
+    else:
+        line = f"attention not fused because of {unfused}, memory quadratic in the length"
+    announce(line, about="CPU runtime")
+
+
+def fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    cu_seqlens: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention in PyTorch's flash kernel for CPUs; nothing of ``T x T`` is made, no key is repeated.
+
+    Args:
+        query: ``[S, B, H, D]``.
+        key: ``[T, B, G, D]``, in natural order; ``value`` alike, whose width may be another.
+        scale: factor of the scores.
+        cu_seqlens: boundaries of documents that must not see each other; None: one document.
+        positions: int64 positions of the queries in the sequence, ``[S]``; None: they are all of it. The
+            kernel knows no other causal mask than the square one, so the rest is computed for nothing.
+
+    Returns:
+        ``[S, B, H * width of the values]``.
+
+    Raises:
+        RuntimeError: the kernel refuses the tensors (no other takes its place).
+    """
+    num_keys, batch, groups, _ = key.shape
+    heads, width = query.size(2), value.size(3)
+    if positions is not None:
+        query = query.new_zeros(num_keys, *query.shape[1:]).index_copy(0, positions, query)
+    if width != key.size(3):  # latent attention; the kernel wants one width, and zeros change nothing
+        widest = max(width, key.size(3))
+        query, key, value = (pad(tensor, (0, widest - tensor.size(3))) for tensor in (query, key, value))
+    # Batch and groups become the kernel's batch: there a group's one key is a view for all its heads.
+    query, key, value = (
+        tensor.reshape(num_keys, batch * groups, -1, tensor.size(3))
+        .permute(1, 2, 0, 3)
+        .expand(-1, heads // groups, -1, -1)
+        for tensor in (query, key, value)
+    )
+    bounds = [0, num_keys] if cu_seqlens is None else [*cu_seqlens.tolist(), num_keys]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        documents = [
+            scaled_dot_product_attention(
+                *(tensor[:, :, start:end] for tensor in (query, key, value)), is_causal=True, scale=scale
+            )
+            for start, end in itertools.pairwise(bounds)
+            if start < end
+        ]
+    context = documents[0] if len(documents) == 1 else torch.cat(documents, dim=2)
+    context = context[..., :width].permute(2, 0, 1, 3).reshape(num_keys, batch, heads * width)
+    return context if positions is None else context.index_select(0, positions)
+
+
 def general_attention(
     module: Any,
     query: torch.Tensor,
@@ -134,7 +234,7 @@ def general_attention(
     mask: torch.Tensor | None,
     packed_seq_params: Any,
 ) -> torch.Tensor:
-    """Attention over a sequence that is cut by context parallelism, packed, or both.
+    """Attention over a sequence that may be cut by context parallelism, packed, or both.
 
     Args:
         module: the ``DotProductAttention`` whose scale, softmax and dropout are used.
@@ -156,14 +256,19 @@ def general_attention(
         padded = packed_seq_params.cu_seqlens_q_padded
         cu_seqlens = packed_seq_params.cu_seqlens_q if padded is None else padded
 
+    fused = _fuses(module, query, key, None if packed else mask)
+    positions = None
     group = _context_parallel_group(module, packed_seq_params)
     if group is not None and group.size() > 1:
-        key, value, query_positions = _gather_keys_and_values(key, value, group, cu_seqlens)
-    else:
-        query_positions = torch.arange(query.size(0))
+        key, value, positions = _gather_keys_and_values(key, value, group, cu_seqlens)
+    if fused:
+        # Under --apply-query-key-layer-scaling, Megatron's softmax takes the layer's number back out.
+        scale = module.softmax_scale * (module.scale_mask_softmax.scale or 1)
+        context = fused_attention(query, key, value, scale=scale, cu_seqlens=cu_seqlens, positions=positions)
+        return context.squeeze(1) if packed else context
 
     hidden = attention_mask(
-        query_positions,
+        torch.arange(query.size(0)) if positions is None else positions,
         key.size(0),
         causal=module.attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal),
         window=module.scale_mask_softmax.window_size,
@@ -191,10 +296,10 @@ def general_attention(
 
 
 def install() -> None:
-    """Teach ``DotProductAttention`` context parallelism, packed sequences and values narrower than keys.
+    """Teach ``DotProductAttention`` the fused kernel, context parallelism, packed sequences, narrow values.
 
-    The class is patched and not the specs, because layer specs import it by value. With one
-    context-parallel rank and no packed sequence, Megatron's own forward runs unchanged.
+    The class is patched and not the specs, because layer specs import it by value. What is neither fused, cut
+    nor packed runs in Megatron's own forward, unchanged.
     ``megatron.core.utils.tex`` gets the one Transformer Engine function that cuts packed batches, unless
     the real one is there.
     """
@@ -229,9 +334,10 @@ def install() -> None:
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        if packed_seq_params is None and self.config.context_parallel_size == 1:
-            return original_forward(self, query, key, value, attention_mask, attn_mask_type, attention_bias)
         assert attention_bias is None, "Attention bias is not supported for DotProductAttention."
+        whole = packed_seq_params is None and self.config.context_parallel_size == 1
+        if whole and not _fuses(self, query, key, attention_mask):
+            return original_forward(self, query, key, value, attention_mask, attn_mask_type, attention_bias)
         return general_attention(self, query, key, value, attention_mask, packed_seq_params)
 
     DotProductAttention.__init__ = init

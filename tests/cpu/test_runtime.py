@@ -1,23 +1,19 @@
-"""The CPU runtime: its flags, its attention, and that parallel layouts train alike."""
+"""The CPU runtime: its flags, and that parallel layouts train alike."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 from forks import Launcher
 from launch import ROOT, TINY_MODEL, losses
 
 from megatron_fope import cpu
 from megatron_fope.common.errors import UserError
-from megatron_fope.cpu import attention
 
 # --- Flags --------------------------------------------------------------------------------------------
 
@@ -37,6 +33,7 @@ def test_missing_flags_are_appended() -> None:
     assert completed[completed.index("--distributed-backend") + 1] == "gloo"
     assert completed[completed.index("--transformer-impl") + 1] == "local"
     assert "--use-cpu-initialization" in completed
+    assert "--no-create-attention-mask-in-dataloader" in completed
     assert not any("dropout" in word for word in completed)
 
 
@@ -48,6 +45,11 @@ def test_given_flags_are_kept(given: list[str]) -> None:
     flag = given[0].partition("=")[0]
     assert [word.partition("=")[0] for word in completed].count(flag) == 1
     assert cpu.add_argument_defaults(completed) == completed
+
+
+def test_masks_of_documents_are_kept() -> None:
+    completed = cpu.add_argument_defaults(["--reset-attention-mask"])
+    assert "--no-create-attention-mask-in-dataloader" not in completed
 
 
 @pytest.mark.parametrize(
@@ -99,146 +101,6 @@ def test_importing_changes_nothing() -> None:
         "assert not any(name.startswith('megatron.') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-# --- Positions and masks ------------------------------------------------------------------------------
-
-
-def test_zigzag_positions() -> None:
-    assert attention.zigzag_positions(8, 2, 0).tolist() == [0, 1, 6, 7]
-    assert attention.zigzag_positions(8, 2, 1).tolist() == [2, 3, 4, 5]
-    with pytest.raises(UserError, match="10 tokens"):
-        attention.zigzag_positions(10, 2, 0)
-
-
-def test_packed_zigzag_positions_cut_each_document() -> None:
-    cu_seqlens = torch.tensor([0, 4, 12], dtype=torch.int32)
-    assert attention.packed_zigzag_positions(cu_seqlens, 2, 0).tolist() == [0, 3, 4, 5, 10, 11]
-    assert attention.packed_zigzag_positions(cu_seqlens, 2, 1).tolist() == [1, 2, 6, 7, 8, 9]
-
-
-@pytest.mark.parametrize("window", [None, (2, 0)])
-def test_mask_of_a_pack_is_the_masks_of_its_documents(window: tuple[int, int] | None) -> None:
-    lengths = [3, 1, 5]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    packed = attention.attention_mask(torch.arange(9), 9, causal=True, window=window, cu_seqlens=cu_seqlens)
-    blocks = [
-        attention.attention_mask(torch.arange(n), n, causal=True, window=window)[0, 0].logical_not()
-        for n in lengths
-    ]
-    assert torch.equal(packed[0, 0].logical_not(), torch.block_diag(*blocks).bool())
-
-
-# --- Attention ----------------------------------------------------------------------------------------
-
-
-def _module(cp_size: int = 1) -> SimpleNamespace:
-    """What :func:`attention.general_attention` uses of a ``DotProductAttention``."""
-    from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
-    from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.utils import attention_mask_func
-
-    return SimpleNamespace(
-        config=SimpleNamespace(context_parallel_size=cp_size, sequence_parallel=True),
-        pg_collection=SimpleNamespace(),
-        attn_mask_type=AttnMaskType.causal,
-        scale_mask_softmax=FusedScaleMaskSoftmax(
-            input_in_fp16=False,
-            input_in_bf16=False,
-            attn_mask_type=AttnMaskType.causal,
-            scaled_masked_softmax_fusion=False,
-            mask_func=attention_mask_func,
-            softmax_in_fp32=True,
-            scale=None,
-        ),
-        softmax_offset=None,
-        softmax_scale=8**-0.5,
-        attention_dropout=torch.nn.Identity(),
-    )
-
-
-def _reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """PyTorch's causal attention on ``[S, B, H, D]``, with grouped keys and values."""
-    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-    context = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=True
-    )
-    return context.permute(2, 0, 1, 3).flatten(2)
-
-
-def _tensors(num_tokens: int, batch: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(num_tokens, batch, heads, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-        for heads in (4, 2, 2)
-    ]
-
-
-def test_packed_attention_equals_attention_per_document() -> None:
-    query, key, value = _tensors(12, 1)
-    boundaries = [0, 5, 6, 12]
-    packed = SimpleNamespace(
-        qkv_format="thd",
-        cu_seqlens_q=torch.tensor(boundaries, dtype=torch.int32),
-        cu_seqlens_q_padded=None,
-        cp_group=None,
-        local_cp_size=None,
-    )
-    flat = (tensor.squeeze(1) for tensor in (query, key, value))
-    actual = attention.general_attention(_module(), *flat, None, packed)
-    expected = torch.cat(
-        [_reference(query[a:b], key[a:b], value[a:b]).squeeze(1) for a, b in itertools.pairwise(boundaries)]
-    )
-    torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("boundaries", [None, [0, 8, 12, 16]])
-def test_context_parallel_attention_equals_one_rank(
-    monkeypatch: pytest.MonkeyPatch, boundaries: list[int] | None
-) -> None:
-    cp_size, num_tokens = 2, 16
-    full = _tensors(num_tokens, 1)
-    module = _module(cp_size)
-    packed = None
-    if boundaries is None:
-        held = [attention.zigzag_positions(num_tokens, cp_size, rank) for rank in range(cp_size)]
-        expected = _reference(*full)
-    else:
-        cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-        held = [attention.packed_zigzag_positions(cu_seqlens, cp_size, rank) for rank in range(cp_size)]
-        expected = torch.cat([_reference(*(x[a:b] for x in full)) for a, b in itertools.pairwise(boundaries)])
-        packed = SimpleNamespace(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_q_padded=None,
-            cp_group=None,
-            local_cp_size=None,
-        )
-
-    # One process plays all ranks: the gather is a concatenation of what the ranks hold.
-    local = [[tensor[positions] for tensor in full] for positions in held]
-    parts = iter([local[rank][i] for _ in range(cp_size) for i in (1, 2) for rank in range(cp_size)])
-    monkeypatch.setattr(
-        "megatron.core.tensor_parallel.mappings.gather_from_sequence_parallel_region",
-        lambda tensor, group: torch.cat([_like(next(parts), tensor) for _ in range(cp_size)]),
-    )
-    actual = torch.empty_like(expected)
-    for rank in range(cp_size):
-        module.pg_collection.cp = SimpleNamespace(size=lambda: cp_size, rank=lambda rank=rank: rank)
-        tensors = local[rank] if packed is None else [tensor.squeeze(1) for tensor in local[rank]]
-        out = attention.general_attention(module, *tensors, None, packed)
-        actual[held[rank]] = out if packed is None else out.unsqueeze(1)
-    torch.testing.assert_close(actual, expected)
-
-    weights = torch.linspace(-1, 1, expected.numel(), dtype=expected.dtype).view_as(expected)
-    actual_gradients = torch.autograd.grad((actual * weights).sum(), full, retain_graph=True)
-    expected_gradients = torch.autograd.grad((expected * weights).sum(), full)
-    torch.testing.assert_close(actual_gradients, expected_gradients)
-
-
-def _like(part: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """A rank's part with the number of dimensions that the gathered tensor has."""
-    return part if part.dim() == tensor.dim() else part.view(part.shape[0], *tensor.shape[1:])
 
 
 # --- Training -----------------------------------------------------------------------------------------
@@ -301,6 +163,24 @@ def test_layouts_train_alike(
     num_ranks: int, layout: str, train: Train, start: tuple[str, ...], one_rank: list[float]
 ) -> None:
     assert train(num_ranks, *start, *layout.split()) == pytest.approx(one_rank, abs=1e-5)
+
+
+@pytest.mark.launch
+def test_log_says_which_attention_runs(
+    launcher: Launcher, start: tuple[str, ...], one_rank: list[float], tmp_path: Path
+) -> None:
+    """And that Megatron's own trains like the fused one."""
+    for flags, line in (
+        ((), "in PyTorch's fused kernel"),
+        (("--attention-backend", "unfused"), "not fused because of --attention-backend unfused"),
+        (("--attention-dropout", "0.1"), "not fused because of attention dropout"),
+        (("--reset-attention-mask",), "not fused because of a mask that comes with the batch"),
+    ):
+        log = launcher.output(1, ["--cpu", "pretrain", *TINY_MODEL, *start, *flags], tmp_path / "log")
+        lines = [word for word in log.splitlines() if word.startswith("> CPU runtime: attention")]
+        assert len(lines) == 1 and line in lines[0], lines
+        if "unfused" in flags:
+            assert losses(log) == pytest.approx(one_rank, abs=1e-6)
 
 
 @pytest.mark.launch
