@@ -8,6 +8,7 @@ processes, a patch of Megatron for example, ends with them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -115,7 +116,7 @@ def _serve() -> None:
 
 
 def import_megatron() -> None:
-    """Turn the CPU runtime on and import what a rank will need."""
+    """Turn the CPU runtime on and import what a rank will need, also what Megatron imports while it runs."""
     from megatron_fope import cpu
 
     cpu.add_argument_defaults([])
@@ -125,6 +126,18 @@ def import_megatron() -> None:
     with contextlib.suppress(ImportError):  # the wheel of 0.16 has no training loop
         import megatron_fope.training.pretrain
         import megatron_fope.training.registration  # noqa: F401
+    for name in ("core.tokenizers.text", "core.dist_checkpointing.strategies.filesystem_async"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"megatron.{name}")
+    _fork_managers()
+
+
+def _fork_managers() -> None:
+    """Fork the process that collects the results of Megatron's checkpoint writers: it imports nothing."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    spawned = filesystem_async.get_write_results_queue
+    filesystem_async.get_write_results_queue = functools.partial(spawned, "fork")
 
 
 def _command(argv: list[str], hook: str) -> int:
@@ -168,6 +181,7 @@ def _fork(rank: int, nproc: int, port: int, action: Callable[[], Any], output: i
     os.setsid()  # killing a rank's group reaches the writers that it started
     for stream in (1, 2):
         os.dup2(output, stream)
+    sys.stdout.reconfigure(line_buffering=True)  # whole lines: all ranks write into one file
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     numbers: dict[str, Any] = {
         "RANK": rank,

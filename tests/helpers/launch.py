@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,23 +50,29 @@ def torchrun(
         timeout: seconds after which the run counts as hung.
 
     Returns:
-        The finished process; ``stdout`` holds standard output and error of all ranks.
+        The finished process; ``stdout`` holds standard output and error of torchrun and of each rank in turn:
+        written into one pipe, their lines would break each other.
     """
     port = free_port()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run"),
-            *("--nproc-per-node", str(nproc), "--master-addr", "localhost", "--master-port", str(port)),
-            *argv,
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory(prefix="torchrun-") as logs:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run"),
+                *("--nproc-per-node", str(nproc), "--master-addr", "localhost", "--master-port", str(port)),
+                *("--redirects", "3", "--log-dir", logs),
+                *argv,
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        ranks = [log.read_text(errors="replace") for log in sorted(Path(logs).rglob("std*.log"))]
+    done.stdout = "".join([done.stdout, *ranks])
+    return done
 
 
 def losses(log: str) -> list[float]:
