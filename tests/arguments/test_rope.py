@@ -57,7 +57,7 @@ def test_the_first_loss_is_the_rope_models(name: str, trainer: Trainer) -> None:
     def start(way: str, *more: str) -> Run:
         return trainer.run(
             f"{name}, {way}", *FOPE, *SHARP, "--fope-start-from-rope", way, *flags, *more,
-            "--load", str(rope.folder), "--ckpt-step", "2",
+            "--load", str(rope.folder), "--ckpt-step", "2", save=False,
         )  # fmt: skip
 
     preserved = start("function-preserving", "--fope-anneal-iters", "1000000")

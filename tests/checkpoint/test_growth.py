@@ -185,7 +185,7 @@ LONGER = (*FOPE, "--fope-train-length", "256")
 
 @pytest.fixture(scope="module")
 def short(trainer: Trainer) -> Run:
-    return trainer.run("short", *FOPE)
+    return trainer.base(*FOPE)
 
 
 @pytest.mark.launch
@@ -202,8 +202,8 @@ def test_a_checkpoint_grows_while_it_is_loaded(trainer: Trainer, short: Run) -> 
             assert torch.equal(run.coefficients(3)[name][index], value)
             assert torch.equal(run.coefficients(4)[name][index], value)
     again = ("--load", str(run.folder), "--ckpt-step", "3")
-    with_flag = trainer.run("grown, resumed with the flag", *LONGER, GROW, *TP2, *again, nproc=2)
-    without = trainer.run("grown, resumed", *LONGER, *TP2, *again, nproc=2)
+    with_flag = trainer.run("grown, resumed with the flag", *LONGER, GROW, *TP2, *again, nproc=2, save=False)
+    without = trainer.run("grown, resumed", *LONGER, *TP2, *again, nproc=2, save=False)
     assert with_flag.says(f"{GROW} has no effect: {run.folder} has train length 256 already")
     assert with_flag.curve() == without.curve() == {4: run.curve()[4]}
 

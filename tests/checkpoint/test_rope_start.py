@@ -17,7 +17,7 @@ IDENTITY = ("--fope-init", "eye", "--no-fope-clip", "--no-fope-drop-clipped")
 
 @pytest.fixture(scope="module")
 def rope(trainer: Trainer) -> Run:
-    return trainer.run("rope", *ROPE)
+    return trainer.base(*ROPE)
 
 
 def test_refused_without_the_flag(trainer: Trainer, rope: Run) -> None:
@@ -35,7 +35,7 @@ def test_everything_else_comes_from_the_checkpoint(layout: str, trainer: Trainer
     }
     run = trainer.run(
         f"identity, {layout}", *FOPE, *IDENTITY, START, "--load", str(rope.folder), "--ckpt-step", "2",
-        *more.get(layout, ()), nproc=2 if layout == "TP2 SP" else 1,
+        *more.get(layout, ()), nproc=2 if layout == "TP2 SP" else 1, save=False,
     )  # fmt: skip
     assert run.says(f"the coefficients are fresh (seed 1234): {rope.folder} is a RoPE model")
     assert "load_return" not in run.log, "Megatron met names that it did not expect"
@@ -53,7 +53,7 @@ def test_the_new_checkpoint_is_an_ordinary_one(trainer: Trainer, rope: Run) -> N
     assert first.curve()[3] != pytest.approx(rope.curve()[3], abs=1e-4), "another model"
     # Megatron compares the weight decay's schedule, too, which depends on the number of iterations.
     from_file = ("--load", str(first.folder), "--train-iters", "6", "--override-opt_param-scheduler")
-    with_flag = trainer.run("start, with the flag", *FOPE, *DROPOUT, START, *from_file)
+    with_flag = trainer.run("start, with the flag", *FOPE, *DROPOUT, START, *from_file, save=False)
     without = trainer.run("start, without the flag", *FOPE, *DROPOUT, *from_file)
     assert with_flag.says(f"{START} has no effect: {first.folder} holds coefficients")
     assert list(without.curve()) == [5, 6] and without.curve() == with_flag.curve()
@@ -89,7 +89,7 @@ def test_legacy_format(trainer: Trainer) -> None:
     rope = trainer.run("legacy rope", *ROPE, *TP2, *legacy, nproc=2)
     run = trainer.run(
         "legacy start", *FOPE, *IDENTITY, *TP2, *legacy, START, "--load", str(rope.folder),
-        "--ckpt-step", "2", nproc=2,
+        "--ckpt-step", "2", nproc=2, save=False,
     )  # fmt: skip
     assert run.says("the coefficients are fresh (seed 1234)") and "load_return" not in run.log
     expected, curve = rope.curve(), run.curve()

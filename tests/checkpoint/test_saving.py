@@ -70,7 +70,7 @@ def check_continues(resumed: Run, run: Run, *iterations: int) -> None:
 
 def test_resuming_on_one_rank_is_exact(trainer: Trainer, whole: Run) -> None:
     resumed = trainer.run(
-        "one rank, resumed", *FOPE, *DROPOUT, "--load", str(whole.folder), "--ckpt-step", "2"
+        "one rank, resumed", *FOPE, *DROPOUT, "--load", str(whole.folder), "--ckpt-step", "2", save=False
     )
     check_continues(resumed, whole)
 
@@ -79,7 +79,7 @@ def test_the_random_state_matters(trainer: Trainer, whole: Run) -> None:
     """The test above would fail without it."""
     resumed = trainer.run(
         "one rank, other random numbers", *FOPE, *DROPOUT, "--load", str(whole.folder), "--ckpt-step", "2",
-        "--no-load-rng",
+        "--no-load-rng", save=False,
     )  # fmt: skip
     assert resumed.curve()[3] != whole.curve()[3]
 

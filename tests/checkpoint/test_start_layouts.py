@@ -21,16 +21,13 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def trained(trainer: Trainer) -> dict[str, Run]:
     """A model of each kind, trained on one rank."""
-    return {
-        kind: trainer.run(f"base, {kind}", "--position-embedding-type", kind, *SHARP)
-        for kind in ("rope", "fope")
-    }
+    return {kind: trainer.base("--position-embedding-type", kind, *SHARP) for kind in ("rope", "fope")}
 
 
-def go_on(trainer: Trainer, base: Run, name: str, *flags: str, nproc: int = 1) -> Run:
+def go_on(trainer: Trainer, base: Run, name: str, *flags: str, nproc: int = 1, save: bool = False) -> Run:
     """Continue with a fresh optimizer, four iterations."""
     load = ("--load", str(base.folder), "--finetune", "--exit-on-missing-checkpoint")
-    return trainer.run(name, *FOPE, *SHARP, *load, *flags, nproc=nproc)
+    return trainer.run(name, *FOPE, *SHARP, *load, *flags, nproc=nproc, save=save)
 
 
 @pytest.mark.launch
@@ -55,11 +52,11 @@ def test_multi_latent_attention(trainer: Trainer) -> None:
     rope = trainer.run("latent rope", "--position-embedding-type", "rope", *SHARP, *LATENT)
     same = trainer.run(
         "latent rope, continued", "--position-embedding-type", "rope", *SHARP, *LATENT,
-        "--load", str(rope.folder), "--finetune",
+        "--load", str(rope.folder), "--finetune", save=False,
     )  # fmt: skip
     slow = (*GRADUAL[:-1], "1000000")
     preserved = go_on(trainer, rope, "latent, preserved", *LATENT, *slow)
-    at_once = go_on(trainer, rope, "latent, at once", *LATENT, "--fope-start-from-rope")
+    at_once = go_on(trainer, rope, "latent, at once", *LATENT, "--fope-start-from-rope", save=True)
     assert abs(preserved.curve()[1] - same.curve()[1]) <= 2e-6
     assert abs(preserved.curve()[2] - same.curve()[2]) <= 2e-5
     assert abs(at_once.curve()[1] - same.curve()[1]) > 1e-4

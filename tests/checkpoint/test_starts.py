@@ -19,19 +19,27 @@ GO_ON = (*FOPE, *SHARP, "--train-iters", "6", "--override-opt_param-scheduler")
 
 @pytest.fixture(scope="module")
 def rope(trainer: Trainer) -> Run:
-    return trainer.run("trained rope", *ROPE)
+    return trainer.base(*ROPE)
 
 
-def start(trainer: Trainer, rope: Run, name: str, *flags: str, nproc: int = 1, check: bool = True) -> Run:
+def start(
+    trainer: Trainer,
+    rope: Run,
+    name: str,
+    *flags: str,
+    nproc: int = 1,
+    save: bool = False,
+    check: bool = True,
+) -> Run:
     return trainer.run(
         name, *GO_ON, "--load", str(rope.folder), "--ckpt-step", "2", *flags,
-        nproc=nproc, check=check,
+        nproc=nproc, save=save, check=check,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def annealed(trainer: Trainer, rope: Run) -> Run:
-    return start(trainer, rope, "annealed", *PRESERVING, *DROPOUT, "--save-interval", "1")
+    return start(trainer, rope, "annealed", *PRESERVING, *DROPOUT, "--save-interval", "1", save=True)
 
 
 @pytest.mark.launch
@@ -60,11 +68,13 @@ def test_the_weight_is_shown(annealed: Run) -> None:
 def test_resuming_in_the_middle_is_exact(trainer: Trainer, annealed: Run) -> None:
     flags = (*GO_ON, *DROPOUT, "--load", str(annealed.folder), "--ckpt-step")
     expected = annealed.curve()
-    resumed = trainer.run("annealed, resumed", *flags, "4", *PRESERVING)
+    resumed = trainer.run("annealed, resumed", *flags, "4", *PRESERVING, save=False)
     assert resumed.says("FoPE's weight against RoPE is 0.666667, and 1 in 3 iterations from iteration 2")
     assert START not in resumed.log.split("setting number of microbatches")[-1]
     assert resumed.curve() == {5: expected[5], 6: expected[6]}
-    from_checkpoint = trainer.run("annealed, from its arguments", *flags, "4", "--use-checkpoint-args")
+    from_checkpoint = trainer.run(
+        "annealed, from its arguments", *flags, "4", "--use-checkpoint-args", save=False
+    )
     assert from_checkpoint.curve() == resumed.curve()
     for given, message in {
         (): "--fope-anneal-iters is 0, but the checkpoint in",
@@ -80,20 +90,28 @@ def test_the_end_is_the_plain_model(trainer: Trainer, annealed: Run) -> None:
     flags = (*GO_ON, *DROPOUT, "--load", str(annealed.folder), "--ckpt-step", "5")
     expected = annealed.curve()
     for name, more in (("annealed, plain", ()), ("annealed, same flags", PRESERVING)):
-        plain = trainer.run(name, *flags, *more)
+        plain = trainer.run(name, *flags, *more, save=False)
         assert plain.curve() == {6: expected[6]}
         assert "FoPE's weight" not in plain.log
     at_once = trainer.run("fresh", *FOPE, "--train-iters", "1", "--save-interval", "1")
     for name, value in annealed.coefficients(6).items():
         assert torch.equal(value, at_once.coefficients(1)[name])
-    new = trainer.run("annealed, finetune", *flags, "--finetune", *PRESERVING)
+    new = trainer.run("annealed, finetune", *flags, "--finetune", *PRESERVING, save=False)
     assert "FoPE's weight" not in new.log, "counting iterations anew is no new start"
 
 
 @pytest.mark.launch
 def test_counting_anew_in_the_middle(trainer: Trainer, annealed: Run) -> None:
     run = trainer.run(
-        "anew", *GO_ON, "--load", str(annealed.folder), "--ckpt-step", "3", "--finetune", *PRESERVING
+        "anew",
+        *GO_ON,
+        "--load",
+        str(annealed.folder),
+        "--ckpt-step",
+        "3",
+        "--finetune",
+        *PRESERVING,
+        save=False,
     )
     assert run.curve("fope-weight") == pytest.approx({1: 1 / 3, 2: 2 / 3})
 
@@ -101,7 +119,7 @@ def test_counting_anew_in_the_middle(trainer: Trainer, annealed: Run) -> None:
 @pytest.mark.launch
 def test_clip_only(trainer: Trainer, rope: Run) -> None:
     """Every kept frequency stays in its channels, and the others turn nothing, as if they were zero."""
-    alone = start(trainer, rope, "clip only", START, "clip-only")
+    alone = start(trainer, rope, "clip only", START, "clip-only", save=True)
     zeros = start(trainer, rope, "zeros", START, "--fope-init", "eye", "--no-fope-drop-clipped")
     assert alone.curve() == pytest.approx(zeros.curve(), abs=1e-5)
     assert abs(alone.curve()[3] - rope.curve()[3]) > 1e-4

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from forks import Launcher
-from launch import ROOT, TINY_MODEL
+from launch import ROOT, TINY_MODEL, losses, torchrun
 
 from megatron_fope.tools.data import prepare_data
 
@@ -28,6 +29,16 @@ class Run:
     folder: Path
     """What ``--save`` got."""
     events: Path
+
+    @property
+    def losses(self) -> list[float]:
+        """Of the log."""
+        return losses(self.log)
+
+    @property
+    def grad_norms(self) -> list[float]:
+        """Of the log, with three digits."""
+        return [float(x) for x in re.findall(r"\| grad norm: ([\d.]+)", self.log)]
 
     def curve(self, tag: str = "lm loss") -> dict[int, float]:
         """What TensorBoard got of this run and those before it with the same name, every bit of it."""
@@ -69,6 +80,7 @@ class Trainer:
     def __init__(self, folder: Path, launcher: Launcher) -> None:
         self.folder = folder
         self._launcher = launcher
+        self._bases: dict[str, Run] = {}
         # A text that never changes: the losses stay the same when the project does.
         data = prepare_data(ROOT, folder / "text", include=["LICENSE"], show_progress=False)
         self.data = data.train.prefix
@@ -83,7 +95,23 @@ class Trainer:
         changed._flags = [word for word in self._flags if word != flag]
         return changed
 
-    def run(self, name: str, *flags: str, nproc: int = 1, hook: str = "", check: bool = True) -> Run:
+    def base(self, *flags: str) -> Run:
+        """A run on one rank that any test may load and none may change, trained once for all of them."""
+        name = "base " + " ".join(flags)
+        if name not in self._bases:
+            self._bases[name] = self.run(name, *flags)
+        return self._bases[name]
+
+    def run(
+        self,
+        name: str,
+        *flags: str,
+        nproc: int = 1,
+        hook: str = "",
+        entry: tuple[str, ...] = (),
+        save: bool = True,
+        check: bool = True,
+    ) -> Run:
         """Train; another run with the same name goes on in the same folders.
 
         Args:
@@ -91,13 +119,19 @@ class Trainer:
             flags: Megatron's; later ones win.
             nproc: number of ranks.
             hook: see :meth:`forks.Launcher.run`.
+            entry: what torchrun starts, instead of the built-in pre-training in a fork.
+            save: write checkpoints, which takes longer than the training.
             check: fail if the run does.
         """
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         events = folder / "events"
-        argv = ["--cpu", "pretrain", *self._flags, "--save", str(folder / "checkpoints")]
+        argv = [*self._flags, *(("--save", str(folder / "checkpoints")) if save else ())]
         argv += ["--tensorboard-dir", str(events), "--tensorboard-log-interval", "1", *flags]
-        code, log = self._launcher.run(nproc, argv, folder / "log", hook=hook)
+        if entry:
+            done = torchrun(nproc, [*entry, *argv])
+            code, log = done.returncode, done.stdout
+        else:
+            code, log = self._launcher.run(nproc, ["--cpu", "pretrain", *argv], folder / "log", hook=hook)
         assert code == 0 or not check, log[-6000:]
         return Run(code, log, folder / "checkpoints", events)

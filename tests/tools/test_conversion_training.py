@@ -28,7 +28,7 @@ EXPERTS = (
 
 @pytest.fixture(scope="module")
 def rope(trainer: Trainer) -> Run:
-    return trainer.run("rope to convert", *ROPE)
+    return trainer.base(*ROPE)
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +37,17 @@ def converted(rope: Run, tmp_path_factory: pytest.TempPathFactory) -> Conversion
     return convert(rope.folder, tmp_path_factory.mktemp("converted") / "fope", iteration=2, seed=5)
 
 
-def resume(trainer: Trainer, name: str, folder: Path, *flags: str, nproc: int = 1) -> Run:
-    return trainer.run(name, "--load", str(folder), *flags, nproc=nproc)
+def resume(trainer: Trainer, name: str, folder: Path, *flags: str, nproc: int = 1, save: bool = False) -> Run:
+    return trainer.run(name, "--load", str(folder), *flags, nproc=nproc, save=save)
 
 
 def test_trains_as_from_the_flag(trainer: Trainer, rope: Run, converted: Conversion) -> None:
     """Every bit: coefficients, weights, and with the second step the optimizer's states."""
     flagged = resume(
         trainer, "flag", rope.folder, *FOPE, *TP2, "--fope-start-from-rope", "--fope-seed", "5",
-        "--ckpt-step", "2", nproc=2,
+        "--ckpt-step", "2", nproc=2, save=True,
     )  # fmt: skip
-    two_ranks = resume(trainer, "converted TP2", converted.target, *FOPE, *TP2, nproc=2)
+    two_ranks = resume(trainer, "converted TP2", converted.target, *FOPE, *TP2, nproc=2, save=True)
     assert list(two_ranks.curve()) == [3, 4]
     assert two_ranks.curve() == flagged.curve()
     assert two_ranks.curve("grad-norm") == flagged.curve("grad-norm")
@@ -71,7 +71,7 @@ def test_longer(trainer: Trainer, converted: Conversion, tmp_path: Path) -> None
     longer = convert(converted.target, tmp_path / "longer", train_length=256, rotary_base=20000.0)
     assert longer.train_length == (64, 256)
     flags = (*FOPE, *TP2, "--fope-train-length", "256", "--rotary-base", "20000")
-    run = resume(trainer, "longer", longer.target, *flags, nproc=2)
+    run = resume(trainer, "longer", longer.target, *flags, nproc=2, save=True)
     old = FoPEConfig.from_profile(train_length=64, seed=5)
     new = FoPEConfig.from_profile(train_length=256, seed=5, rotary_base=20000.0)
     before, after = (Geometry(config, 16, 2) for config in (old, new))

@@ -5,76 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from forks import Launcher
-from launch import ROOT, TINY_MODEL, losses, torchrun
-from trainer import FOPE, TP2
+from launch import ROOT
+from trainer import FOPE, TP2, Run, Trainer
 
 from megatron_fope.formula.config import FoPEConfig
 from megatron_fope.formula.geometry import Geometry
-from megatron_fope.tools.data import prepare_data
 
 pytestmark = pytest.mark.launch
 
 HEAD_DIM, KV_HEADS, LAYERS, LENGTH = 16, 2, 4, 64
-
-
-@dataclass
-class Run:
-    """A finished training run."""
-
-    log: str
-    folder: Path
-
-    @property
-    def losses(self) -> list[float]:
-        return losses(self.log)
-
-    @property
-    def grad_norms(self) -> list[float]:
-        return [float(x) for x in re.findall(r"\| grad norm: ([\d.]+)", self.log)]
-
-
-class Trainer:
-    """Trains the tiny model on prepared text."""
-
-    def __init__(self, folder: Path, launcher: Launcher) -> None:
-        self.folder = folder
-        self._launcher = launcher
-        data = prepare_data(ROOT / "tests", folder / "text", include=["*.py"], show_progress=False)
-        self.prefix = data.train.prefix
-        self.flags = [f for f in TINY_MODEL if f != "--mock-data"] + list(data.train_flags)
-        # 512 rows for one rank and for two; Megatron pads to a multiple of this times the ranks.
-        self.flags += ["--make-vocab-size-divisible-by", "256", "--split", "1,0,0"]
-        self.flags += ["--data-path", self.prefix, "--data-cache-path", str(folder / "cache")]
-
-    def run(
-        self,
-        name: str,
-        *flags: str,
-        nproc: int = 1,
-        entry: tuple[str, ...] | None = None,
-        check: bool = True,
-    ) -> Run:
-        """Train; with an ``entry``, under ``torchrun`` and by this command, otherwise by the fork server."""
-        folder = self.folder / name
-        argv = [*self.flags, "--train-iters", "4", "--save", str(folder), "--save-interval", "4", *flags]
-        if entry:
-            done = torchrun(nproc, [*entry, *argv])
-            code, log = done.returncode, done.stdout
-        else:
-            code, log = self._launcher.run(nproc, ["--cpu", "pretrain", *argv], self.folder / "log")
-        assert code == 0 or not check, log[-6000:]
-        return Run(log, folder)
-
-
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Trainer:
-    return Trainer(tmp_path_factory.mktemp("training"), launcher)
 
 
 BUILT_IN = ("-m", "megatron_fope", "--cpu", "pretrain")
@@ -82,8 +25,7 @@ BUILT_IN = ("-m", "megatron_fope", "--cpu", "pretrain")
 
 @pytest.fixture(scope="module")
 def one_rank(trainer: Trainer) -> Run:
-    board = ("--tensorboard-dir", str(trainer.folder / "tensorboard"))
-    return trainer.run("one_rank", *FOPE, "--save-interval", "2", *board, entry=BUILT_IN)
+    return trainer.run("one_rank", *FOPE, entry=BUILT_IN)
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +57,10 @@ def test_start_up_says_what_runs(one_rank: Run) -> None:
     assert re.search(r"^  position_embedding_type \.+ fope$", one_rank.log, re.MULTILINE)
 
 
-def test_settings_reach_tensorboard(one_rank: Run, trainer: Trainer) -> None:
+def test_settings_reach_tensorboard(one_rank: Run) -> None:
     from tensorboard.backend.event_processing import event_accumulator as accumulator
 
-    events = accumulator.EventAccumulator(str(trainer.folder / "tensorboard"))
+    events = accumulator.EventAccumulator(str(one_rank.events))
     events.Reload()
     texts = set(events.Tags()["tensors"])
     for name in ("fope_profile", "fope_kept_frequencies", "fope_clipped_frequencies", "fope_backend"):
@@ -167,10 +109,12 @@ def test_other_layouts_continue_alike(layout: str, trainer: Trainer, one_rank: R
     start = ("--load", str(one_rank.folder), "--ckpt-step", "2", "--exit-interval", "3")
     if "--finetune" in LAYOUTS[layout]:  # starts at the first batch, whose loss one rank never saw again
         start = (*start, "--train-iters", "2", "--lr", "0", "--exit-interval", "1")
-        reference = trainer.run("first batch again", *FOPE, *start, "--finetune", "--no-load-optim").losses[0]
+        reference = trainer.run(
+            "first batch again", *FOPE, *start, "--finetune", "--no-load-optim", save=False
+        ).losses[0]
     else:
         reference = one_rank.losses[2]
-    run = trainer.run(layout, *FOPE, *start, *LAYOUTS[layout], nproc=2)
+    run = trainer.run(layout, *FOPE, *start, *LAYOUTS[layout], nproc=2, save=False)
     assert run.losses[0] == pytest.approx(reference, abs=1e-5)
 
 
@@ -178,7 +122,7 @@ def test_use_checkpoint_args_restores_fope(trainer: Trainer, one_rank: Run) -> N
     """No FoPE flag at all, and another layout."""
     run = trainer.run(
         "from_args", "--load", str(one_rank.folder), "--ckpt-step", "2", "--use-checkpoint-args", *TP2,
-        "--finetune", "--train-iters", "1", nproc=2,
+        "--finetune", "--train-iters", "1", nproc=2, save=False,
     )  # fmt: skip
     assert "> FoPE: profile paper, train length 64" in run.log
     assert run.losses[0] == pytest.approx(one_rank.losses[2], abs=0.5)  # the same model, not a fresh one
@@ -225,9 +169,7 @@ def test_half_precision_keeps_coefficients_exact(trainer: Trainer) -> None:
 
 def test_one_line_in_the_users_own_script(trainer: Trainer, one_rank: Run) -> None:
     script = ROOT / "tests" / "scripts" / "own_training_script.py"
-    run = trainer.run(
-        "own_script", *FOPE, "--train-iters", "1", "--lr-decay-iters", "4", entry=(str(script),)
-    )
+    run = trainer.run("own_script", *FOPE, "--train-iters", "1", save=False, entry=(str(script),))
     assert run.losses == one_rank.losses[:1]
 
 
@@ -260,7 +202,7 @@ def test_perplexity_of_checkpoints(trainer: Trainer, one_rank: Run, two_ranks: R
     output, picture = trainer.folder / "report.json", trainer.folder / "report.png"
     options = PerplexityOptions(
         checkpoints={"one rank": one_rank.folder, "two ranks": two_ranks.folder, "two stages": stages.folder},
-        data_path=trainer.prefix,
+        data_path=trainer.data,
         lengths=[32, 64, 200],
         tokens=1000,
         tokens_per_batch=256,
