@@ -137,7 +137,7 @@ def _fork_managers() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     spawned = filesystem_async.get_write_results_queue
-    filesystem_async.get_write_results_queue = functools.partial(spawned, "fork")
+    filesystem_async.get_write_results_queue = functools.partial(spawned, mp_mode="fork")
 
 
 def _command(argv: list[str], hook: str) -> int:
