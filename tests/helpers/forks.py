@@ -124,12 +124,12 @@ def import_megatron() -> None:
     import megatron_fope.layers.spec
 
     with contextlib.suppress(ImportError):  # the wheel of 0.16 has no training loop
+        import megatron.core.tokenizers.text  # noqa: F401
+
         import megatron_fope.training.pretrain
         import megatron_fope.training.registration  # noqa: F401
-    for name in ("core.tokenizers.text", "core.dist_checkpointing.strategies.filesystem_async"):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(f"megatron.{name}")
-    _fork_managers()
+
+        _fork_managers()
 
 
 def _fork_managers() -> None:
