@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -9,14 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from bench import communication
+from forks import Launcher
 
 LAYOUTS = ("TP2 SP CP2 distributed optimizer", "PP2 DP2 distributed optimizer")
 
 
 @pytest.mark.launch
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_frozen_coefficients_add_no_communication(layout: str) -> None:
-    volumes = communication.measure(layout)
+def test_frozen_coefficients_add_no_communication(layout: str, launcher: Launcher, tmp_path: Path) -> None:
+    ranks, flags = communication.LAYOUTS[layout]
+    result, log = tmp_path / "result.json", tmp_path / "log"
+    code, text = launcher.call(communication.worker, "cpu", str(result), flags.split(), log=log, nproc=ranks)
+    assert code == 0, text[-6000:]
+    volumes = json.loads(result.read_text())
     assert volumes["different"] == []
     assert volumes["rope"] == volumes["fope"]
     seen = set(volumes["rope"])
@@ -31,6 +37,12 @@ def test_frozen_coefficients_add_no_communication(layout: str) -> None:
         for i in (0, 1)
     )
     assert size > 0 and (calls > 0) == layout.startswith("TP2")
+
+
+@pytest.mark.launch
+def test_measured_under_torchrun() -> None:
+    volumes = communication.measure("DP2")
+    assert volumes["different"] == [] and volumes["rope"] == volumes["fope"] != {}
 
 
 class AllReduceBackward(torch.autograd.Function):

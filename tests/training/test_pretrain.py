@@ -30,7 +30,7 @@ def one_rank(trainer: Trainer) -> Run:
 
 @pytest.fixture(scope="module")
 def two_ranks(trainer: Trainer) -> Run:
-    return trainer.run("two_ranks", *FOPE, *TP2, nproc=2, entry=BUILT_IN)
+    return trainer.run("two_ranks", *FOPE, *TP2, nproc=2)
 
 
 def stored(run: Run, name: str, iteration: int = 4) -> torch.Tensor:
