@@ -14,6 +14,7 @@ import sys
 import textwrap
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ from transformers import AutoConfig, AutoModel
 
 
 class Sharded(nn.Module):
-    """A rank's part of a projection, as the linear layers of serving engines: they know their rank."""
+    """A rank's part of a projection, as the linear layers of serving engines: they know their rank, or, in
+    SGLang from 0.5.23, their group."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rank: int, size: int) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, rank: int, size: int, group: Any = None) -> None:
         super().__init__()
         self.weight, self.bias, self.tp_rank, self.tp_size = weight, bias, rank, size
+        self.tp_group = group
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
@@ -45,7 +48,8 @@ def shard(attention: Any, rank: int, size: int, *, known_by: str) -> None:
         rows = slice(start * HEAD_DIM, (start + count) * HEAD_DIM)
         bias = None if linear.bias is None else linear.bias[rows]
         told = (rank, size) if known_by == name else (0, 1)
-        setattr(attention, name, Sharded(linear.weight[rows], bias, *told))
+        group = SimpleNamespace(rank_in_group=rank, world_size=size) if known_by == "tp_group" else None
+        setattr(attention, name, Sharded(linear.weight[rows], bias, *told, group))
     columns = slice(rank * heads * HEAD_DIM, (rank + 1) * heads * HEAD_DIM)
     told = (rank, size) if known_by == "o_proj" else (0, 1)
     attention.o_proj = Sharded(attention.o_proj.weight[:, columns], None, *told)
@@ -68,7 +72,7 @@ def check_ranks_of_engines_take_their_heads(case: Case) -> None:
         inputs = attention_inputs(model)
         expected = model.model.layers[1].self_attn(**inputs)[0]
         for size in (2, 4):
-            for known_by in ("k_proj", "o_proj", "qkv_proj"):
+            for known_by in ("k_proj", "o_proj", "qkv_proj", "tp_group"):
                 total = torch.zeros_like(expected)
                 for rank in range(size):
                     attention = copy.deepcopy(model.model.layers[1].self_attn)
@@ -86,6 +90,23 @@ def check_ranks_of_engines_take_their_heads(case: Case) -> None:
                 assert "in a way that is not known" in str(error)
             else:
                 raise AssertionError("a part of the heads without a rank was accepted")
+
+
+def check_attention_of_engines_returns_no_batch(case: Case) -> None:
+    """``[tokens, heads * head_dim]``."""
+    functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+
+    def without_batch(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return functions["sdpa"](*args, **kwargs)[0].flatten(0, 1).flatten(1), None
+
+    functions.register("without batch", without_batch)
+    with torch.no_grad():
+        model = case.load(attn_implementation="sdpa")
+        inputs = attention_inputs(model)
+        expected = model.model.layers[1].self_attn(**inputs)[0]
+        attention = copy.deepcopy(model.model.layers[1].self_attn)
+        attention.config._attn_implementation = "without batch"
+        case.assert_close(attention(**inputs)[0], expected)
 
 
 def check_learnable_coefficients_are_buffers_in_engines(case: Case) -> None:

@@ -165,11 +165,13 @@ class FopeAttention(nn.Module):
         Raises:
             ValueError: the layers do not say.
         """
-        # vLLM merges the projections, SGLang does not; layers of both know their rank.
+        # vLLM merges the projections, SGLang does not; layers of both know their rank or their group.
         for name in ("qkv_proj", "k_proj", "o_proj"):
             layer: Any = getattr(self, name, None)
             if getattr(layer, "tp_size", 1) > 1:
                 return layer.tp_rank, layer.tp_size
+            if (group := getattr(layer, "tp_group", None)) is not None:
+                return group.rank_in_group, group.world_size
         key_weight = getattr(getattr(self, "k_proj", None), "weight", None)
         mesh = getattr(key_weight, "device_mesh", self.mesh)  # newer releases of transformers: a DTensor
         if mesh is None or mesh.ndim != 1:
@@ -205,10 +207,8 @@ class FopeAttention(nn.Module):
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
-        if CACHE in kwargs:
-            past_key_values = kwargs.pop(CACHE)
-        cos, sin = position_embeddings
-        cos, sin = self.tables(cos, sin, key.size(1))
+        past_key_values = kwargs.pop(CACHE, past_key_values)
+        cos, sin = self.tables(*position_embeddings, key.size(1))
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if past_key_values is not None:
             # Where to write is in kwargs: of static caches in older releases, of paged ones in newer.
@@ -227,7 +227,8 @@ class FopeAttention(nn.Module):
             sliding_window=getattr(self, "sliding_window", None),
             **kwargs,
         )
-        return self.o_proj(output.flatten(2)), weights
+        # Engines return [tokens, heads * head_dim].
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class FopeConfig:
@@ -304,8 +305,7 @@ class FopeModel(FopePreTrained):
         Raises:
             ValueError: the mask covers fewer tokens than the cache and the input hold.
         """
-        if CACHE in kwargs:
-            past_key_values = kwargs.pop(CACHE)
+        past_key_values = kwargs.pop(CACHE, past_key_values)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             tokens: Any = inputs_embeds if input_ids is None else input_ids
             start = 0 if past_key_values is None else past_key_values.get_seq_length()
