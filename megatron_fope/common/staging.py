@@ -49,9 +49,32 @@ def check_new_folder(name: str, target: Path) -> None:
         raise UserError(f"{name} is {str(target)!r}, which exists; use a new folder")
 
 
+def check_space(
+    name: str, folder: Path, needed: int, *, purpose: str = "", advice: str = "use another disk"
+) -> None:
+    """Refuse a disk that has no room, before anything is written.
+
+    Args:
+        name: how messages call what is to be written, for example "TARGET".
+        folder: where; it may not be there yet.
+        needed: bytes.
+        purpose: behind the number.
+        advice: what to do.
+
+    Raises:
+        UserError: naming what is needed and what is free.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise UserError(
+            f"{name} needs {needed / 1e9:.1f} GB{purpose}, {free / 1e9:.1f} GB are free; {advice}"
+        )
+
+
 @contextmanager
 def new_folder(name: str, target: Path) -> Iterator[Path]:
-    """A new folder to fill, which gets its name when it is whole; missing folders above it are made.
+    """A new folder to fill, which gets its name when it is whole; missing folders above it are made with it.
 
     Args:
         name: how messages call it, for example "TARGET".
@@ -60,6 +83,7 @@ def new_folder(name: str, target: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written, or another process has made it meanwhile. Nothing is left.
     """
+    missing = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with staging_folder(target) as folder:
@@ -69,12 +93,17 @@ def new_folder(name: str, target: Path) -> Iterator[Path]:
             if os.path.lexists(target):
                 raise UserError(f"{name} is {str(target)!r}: it was made meanwhile; use a new folder")
             new.rename(target)
+        missing.clear()
         sync(target.parent)
     except OSError as error:
         raise UserError(
             f"{name} is {str(target)!r}: it cannot be written ({error.strerror or error}); nothing was left "
             "there"
         ) from error
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # somebody else uses it meanwhile
+                folder.rmdir()
 
 
 def sync(folder: Path) -> None:

@@ -46,6 +46,7 @@ class SyntheticCheckpoint:
         hidden: channels; heads have 16, or 128 from 1024 channels on.
         pieces: tensor-parallel pieces of every large matrix, each in a file of its own.
         fope: None for a RoPE model.
+        llama: arguments and tensors are a Llama's, and weights can be read: they are zeros.
         old: arguments in ``common.pt``, as Megatron through 0.18 stores them.
         iteration: number.
         **changes: arguments to replace.
@@ -59,6 +60,7 @@ class SyntheticCheckpoint:
         hidden: int = 64,
         pieces: int = 2,
         fope: FoPEConfig | None = None,
+        llama: bool = False,
         old: bool = False,
         iteration: int = 4,
         **changes: Any,
@@ -68,6 +70,7 @@ class SyntheticCheckpoint:
         self.path.mkdir(parents=True)
         self._metadata = Metadata({}, storage_data={})
         self._ends: dict[str, int] = {}
+        self._frames: dict[Any, tuple[bytes, bytes]] | None = {} if llama else None
         head_dim = 128 if hidden >= 1024 else 16
         self.args = argparse.Namespace(
             num_layers=layers, hidden_size=hidden, num_attention_heads=hidden // head_dim,
@@ -76,6 +79,11 @@ class SyntheticCheckpoint:
             add_position_embedding=True,
             multi_latent_attention=False, no_save_optim=None, ckpt_format="torch_dist",
         )  # fmt: skip
+        if llama:
+            vars(self.args).update(
+                normalization="RMSNorm", swiglu=True, add_bias_linear=False, ffn_hidden_size=4 * hidden,
+                untie_embeddings_and_output_weights=True, layernorm_epsilon=1e-5, vocab_size=128,
+            )  # fmt: skip
         if fope is not None:
             self.args.position_embedding_type = "fope"
             self.args.add_position_embedding = False
@@ -125,7 +133,13 @@ class SyntheticCheckpoint:
 
     def _shapes(self, layers: int, hidden: int, head_dim: int) -> dict[str, tuple[int, ...]]:
         attention = "decoder.layers.self_attention."
-        return {
+        more = {
+            "output_layer.weight": (128, hidden),
+            "decoder.final_layernorm.weight": (hidden,),
+            attention + "linear_qkv.layer_norm_weight": (layers, hidden),
+            "decoder.layers.mlp.linear_fc1.layer_norm_weight": (layers, hidden),
+        }
+        return ({} if self._frames is None else more) | {
             "embedding.word_embeddings.weight": (128, hidden),
             attention + "linear_qkv.weight": (layers, hidden + 4 * head_dim, hidden),
             attention + "linear_proj.weight": (layers, hidden, hidden),
@@ -141,9 +155,32 @@ class SyntheticCheckpoint:
             file = f"__{offset[1] // size[1] if len(shape) == 3 else 0}_0.distcp"
             start = self._ends.get(file, 0)
             length = torch.Size(size).numel() * dtype.itemsize
+            if self._frames is not None and not name.startswith("optimizer."):
+                length = self._write_frame(file, start, torch.Size(size), dtype)
             self._ends[file] = start + length
             index = MetadataIndex(name, torch.Size(offset))
             self._metadata.storage_data[index] = _StorageInfo(file, start, length)
+
+    def _write_frame(self, file: str, start: int, size: torch.Size, dtype: torch.dtype) -> int:
+        """What ``torch.save`` puts around a tensor's numbers, and a hole for them; returns the length."""
+        length = size.numel() * dtype.itemsize
+        if (size, dtype) not in self._frames:
+            example = self.path / "example"
+            with torch.serialization.skip_data():
+                torch.save(torch.empty(size, dtype=dtype), example)
+            first = torch._C.PyTorchFileReader(str(example)).get_record_offset("data/0")
+            with open(example, "rb") as stream:
+                head = stream.read(first)
+                stream.seek(first + length)
+                self._frames[size, dtype] = head, stream.read()
+            example.unlink()
+        head, tail = self._frames[size, dtype]
+        with open(self.path / file, "r+b" if (self.path / file).exists() else "w+b") as stream:
+            stream.seek(start)
+            stream.write(head)
+            stream.seek(start + len(head) + length)
+            stream.write(tail)
+        return len(head) + length + len(tail)
 
     def _add_coefficients(self, fope: FoPEConfig, layers: int, head_dim: int) -> None:
         made = [Geometry(fope, head_dim, 2).make_coefficients(layer=layer) for layer in range(1, layers + 1)]
@@ -174,8 +211,8 @@ class SyntheticCheckpoint:
 
 def _split(shape: tuple[int, ...], pieces: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(offset, size) of what ranks store: layer by layer, and each layer in pieces."""
-    if len(shape) == 2:
-        yield (0, 0), shape
+    if len(shape) < 3:
+        yield (0,) * len(shape), shape
         return
     layers, rows, columns = shape
     for layer in range(layers):

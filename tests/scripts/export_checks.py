@@ -2,8 +2,9 @@
 
 ``python export_checks.py CASES`` reads a JSON object ``{name: {"folder", "tokens", "logits", "kind"}}``: the
 folder of an export, ``[2, 160]`` tokens and Megatron's logits for them (files of ``torch.save``), and
-``"rope"`` or ``"fope"``. It prints ``{"transformers": version, "results": {check[name]: null
-or traceback}}``; ``tests/tools/test_export.py`` shows each check as a test of its own.
+``"rope"`` or ``"fope"``. It prints ``{"transformers": version, "results": {check[name]: null or
+traceback}, "differences": {name: largest of logits, relative}}``; ``tests/tools/test_export.py`` shows each
+check as a test of its own.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Case:
         with open(f"{folder}/config.json") as file:  # Megatron's vocabulary is padded
             self.expected = torch.load(logits)[..., : json.load(file)["vocab_size"]]
         self.tolerance = 1e-4 * self.expected.abs().max().item()
+        self.difference = 0.0
 
     def load(self, **options: Any) -> Any:
         options = {"dtype": torch.float32} | options
@@ -42,6 +44,8 @@ class Case:
         return self.load().eval()
 
     def assert_close(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        relative = (found - expected).abs().max() / expected.abs().max()
+        self.difference = max(self.difference, relative.item())
         torch.testing.assert_close(found, expected, rtol=0, atol=self.tolerance)
 
 
@@ -99,7 +103,9 @@ def main() -> None:
                 results[f"{name}[{label}]"] = None
             except Exception:
                 results[f"{name}[{label}]"] = traceback.format_exc()
-    print(json.dumps({"transformers": transformers.__version__, "results": results}), flush=True)
+    answer = {"transformers": transformers.__version__, "results": results}
+    answer["differences"] = {name: case.difference for name, case in cases.items()}
+    print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from differences import keep
 from forks import Launcher
 from launch import ROOT
 from synthetic import SyntheticCheckpoint
@@ -53,6 +54,18 @@ MODELS: dict[str, tuple[int, tuple[str, ...]]] = {
     "qwen3_moe, EP 2": (2, (*FOPE, *EXPERTS, "--qk-layernorm", "--moe-router-pre-softmax")),
 }
 """Ranks and flags of what is trained and exported."""
+ROWS = {
+    "rope": ("Llama, RoPE", "1"),
+    "paper": ("Llama, paper", "1"),
+    "intern-s1-pro": ("Llama tied, intern-s1-pro", "1"),
+    "TP 2": ("Llama, paper", "TP 2"),
+    "PP 2, learnable": ("Llama, learnable", "PP 2"),
+    "qwen2, shared basis": ("Qwen2, one basis", "1"),
+    "qwen3, shared heads": ("Qwen3, one head", "1"),
+    "mixtral, EP 2": ("Mixtral, paper", "EP 2"),
+    "qwen3_moe, EP 2": ("Qwen3-MoE, paper", "EP 2"),
+}
+"""What they are called in the table of ``tests/agreement.py``."""
 COMPLETE = {"untie_embeddings_and_output_weights": True, "ffn_hidden_size": 256, "layernorm_epsilon": 1e-5}
 """What a synthetic checkpoint lacks of a Llama's arguments."""
 REFERENCE = """
@@ -117,6 +130,9 @@ def results(request: pytest.FixtureRequest, cases: Path) -> dict[str, str | None
     answer = json.loads(done.stdout.splitlines()[-1])
     installed = importlib.metadata.version("transformers")
     assert answer["transformers"] == (OLDEST if request.param == OLDEST else installed)
+    for name, difference in answer["differences"].items():
+        family, ranks = ROWS[name]
+        keep(family, "out", ranks, answer["transformers"], difference)
     return answer["results"]
 
 

@@ -28,7 +28,7 @@ from megatron_fope.checkpoint.files import TRACKER, find_problem, iteration_fold
 from megatron_fope.checkpoint.metadata import METADATA
 from megatron_fope.checkpoint.reader import COMMON_ENTRY, COMMON_FILE, Checkpoint
 from megatron_fope.common.errors import UserError
-from megatron_fope.common.staging import new_folder, sync
+from megatron_fope.common.staging import check_space, new_folder, sync
 from megatron_fope.tools.conversion.layers import Part
 
 LINKS = ("copy", "hard", "symbolic")
@@ -243,12 +243,12 @@ class _DataFile:
         from torch.distributed.checkpoint.filesystem import _StorageInfo
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
-        data = buffer.getvalue()
-        self._file.write(data)
-        self._metadata.storage_data[MetadataIndex(name, offset)] = _StorageInfo(
-            self._name, self._position, len(data)
-        )
-        self._position += len(data)
+        with buffer.getbuffer() as data:
+            self._file.write(data)
+            self._metadata.storage_data[MetadataIndex(name, offset)] = _StorageInfo(
+                self._name, self._position, data.nbytes
+            )
+            self._position += data.nbytes
 
 
 def _bring_files(old: Path, new: Path, link: str) -> Written:
@@ -323,13 +323,13 @@ def _copy_data(old: IO[bytes], copy: IO[bytes]) -> None:
 
 
 def _check_space(files: list[tuple[Path, Path]], folder: Path) -> None:
-    needed = sum(file.stat().st_blocks * 512 for file, _ in files)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"TARGET needs {needed / 1e9:.1f} GB for copies of SOURCE's data files, {free / 1e9:.1f} GB are "
-            "free; use another disk, or --link hard or symbolic, which share the files"
-        )
+    check_space(
+        "TARGET",
+        folder,
+        sum(file.stat().st_blocks * 512 for file, _ in files),
+        purpose=" for copies of SOURCE's data files",
+        advice="use another disk, or --link hard or symbolic, which share the files",
+    )
 
 
 def _write(file: Path, data: bytes) -> int:

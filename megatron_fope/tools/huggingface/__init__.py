@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+FORMATS = ("hf", "engine")
+"""Layouts of an exported FoPE model: for transformers and what is built on it, or for LMDeploy and XTuner."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 """What weights can be exported in."""
 

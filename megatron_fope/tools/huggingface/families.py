@@ -89,6 +89,11 @@ class Weight:
     def per_expert(self) -> bool:
         return "{expert}" in self.huggingface[0]
 
+    @property
+    def is_coefficient(self) -> bool:
+        """FoPE's, which are float32 whatever the model is."""
+        return ".fope." in self.megatron
+
 
 def split_qkv(value: Tensor, shape: Shape) -> Parts:
     """``linear_qkv`` ``[(H + 2 G) D, ...]`` to ``([H D, ...], [G D, ...], [G D, ...])``.
@@ -138,8 +143,7 @@ def layer_weights(family: Family, shape: Shape, coefficients: tuple[str, ...] = 
             yield Weight(f"self_attention.{name}_layernorm.weight", norm, (channels,))
     output = (hidden, shape.num_heads * channels)
     yield Weight("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), output)
-    for name in coefficients:
-        yield Weight(f"self_attention.fope.{name}", (f"self_attn.{name}",), shape.coefficients)
+    yield from coefficient_weights(shape, coefficients)
     if family.experts is None:
         mlp, also = "mlp", None
         gate, up, down = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
@@ -154,6 +158,12 @@ def layer_weights(family: Family, shape: Shape, coefficients: tuple[str, ...] = 
     both = (f"{gate}.weight", f"{up}.weight")
     yield Weight(f"{mlp}.linear_fc1.weight", both, (2 * ffn, hidden), split_halves, join_halves)
     yield Weight(f"{mlp}.linear_fc2.weight", (f"{down}.weight",), (hidden, ffn))
+
+
+def coefficient_weights(shape: Shape, names: tuple[str, ...]) -> Iterator[Weight]:
+    """FoPE's coefficients of one layer, always float32."""
+    for name in names:
+        yield Weight(f"self_attention.fope.{name}", (f"self_attn.{name}",), shape.coefficients)
 
 
 EMBEDDING = ("embedding.word_embeddings.weight", "model.embed_tokens.weight")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,26 +15,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_fope import compat
-from megatron_fope.arguments.flags import FIELDS, FOPE, resolve_fope_arguments
+from megatron_fope.arguments.flags import FIELDS, resolve_fope_arguments
 from megatron_fope.arguments.parser import megatron_parser, parse
 from megatron_fope.common.errors import UserError
-from megatron_fope.common.staging import check_new_folder
+from megatron_fope.common.staging import check_new_folder, check_space
 from megatron_fope.formula.config import FoPEConfig
 from megatron_fope.tools.conversion.layers import Part
 from megatron_fope.tools.conversion.writing import create
-from megatron_fope.tools.huggingface import settings
-from megatron_fope.tools.huggingface.exporting import load_tokenizer
+from megatron_fope.tools.huggingface import config_json, engine, settings
+from megatron_fope.tools.huggingface.companions import has_tokenizer, load_tokenizer
 from megatron_fope.tools.huggingface.families import (
     EMBEDDING,
     FINAL_NORM,
     OUTPUT,
-    Family,
     Shape,
+    Weight,
+    coefficient_weights,
     layer_weights,
 )
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,24 @@ class Imported:
 
 
 def import_model(
-    folder: str | Path, checkpoint: str | Path, *, make_vocab_size_divisible_by: int = 128
+    folder: str | Path,
+    checkpoint: str | Path,
+    *,
+    train_length: int | None = None,
+    make_vocab_size_divisible_by: int = 128,
 ) -> Imported:
     """Write a folder of Hugging Face as a ``torch_dist`` checkpoint, which any parallel layout loads.
 
-    RoPE models of the known families, and FoPE models that :func:`~megatron_fope.tools.huggingface.exporting.
-    export` wrote: those get back their settings and, bit for bit, their coefficients. One tensor is in memory
-    at a time. Code in the folder is never run.
+    RoPE models of the known families, FoPE models that :func:`~megatron_fope.tools.huggingface.exporting.
+    export` wrote, and XTuner's: those get back their settings and, bit for bit, their coefficients. One
+    tensor is in memory at a time. Code in the folder is never run.
 
     Args:
         folder: with ``config.json`` and safetensors files.
         checkpoint: the new folder, for ``--load``; it appears when it is whole. Its iteration is "release",
             from which training starts at iteration 0 with a fresh optimizer.
+        train_length: that FoPE's model was trained with, tokens, where ``config.json`` does not tell; see
+            :func:`megatron_fope.tools.huggingface.engine.fope_of`.
         make_vocab_size_divisible_by: Megatron's flag: rows of zeros are added to the embedding up to a
             multiple of it.
 
@@ -76,30 +84,39 @@ def import_model(
     if not target.parent.is_dir():
         raise UserError(f"CHECKPOINT is {str(target)!r}: the folder {str(target.parent)!r} does not exist")
     config = _read_json(folder / "config.json", where)
-    family, is_fope = settings.family_of_config(config, where)
-    fope = settings.fope_of(config, where) if is_fope else None
-    vocab_size = settings.whole(config, "vocab_size", where)
-    flags = settings.flags_of(config, family, where)
+    family, layout = config_json.family_of_config(config, where)
+    if train_length is not None and layout != "engine":
+        raise UserError(
+            f"--train-length is {train_length}, but {where}, whose config.json tells the length; leave it out"
+        )
+    fope = None
+    if layout == "hf":
+        fope = config_json.fope_of(config, where)
+    elif layout == "engine":
+        fope = config_json.fope_of_engine(config, train_length, where)
+    vocab_size = config_json.whole(config, "vocab_size", where)
+    flags = config_json.flags_of(config, family, where) + config_json.length_flags(config, fope, where)
     flags += _tokenizer_flags(folder, vocab_size)
     flags += ["--make-vocab-size-divisible-by", str(make_vocab_size_divisible_by)]
-    position = settings.rope_flags(config, where)
-    if fope is not None:
-        position = ["--position-embedding-type", FOPE, "--rotary-base", settings.base_of(config)]
-    flags += position
-    args = _arguments(flags, fope)
+    flags += config_json.rope_flags(config, where) if fope is None else config_json.fope_flags(fope)
+    args = _arguments(flags, fope, where)
     args.padded_vocab_size = -(-vocab_size // make_vocab_size_divisible_by) * make_vocab_size_divisible_by
     shape = settings.shape_of_args(args, fope)
     names = fope.coefficient_names if fope else ()
-    with _Files(folder, where) as files:
-        wanted = list(_wanted(family, shape, names, vocab_size, args, files))
-        files.check_all_used()
-        size = sum(part.nbytes for part in wanted)
-        with tqdm(total=size, unit="B", unit_scale=True, desc="writing weights", disable=None) as bar:
-            common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
-            create(target, common, _parts(wanted, files, bar), _extra_states(shape))
+    files = _Files(folder, where)
+    layers = list(_layer_pieces(layer_weights(family, shape, names if layout == "hf" else ()), shape, files))
+    if fope is not None and layout == "engine":
+        layers += _shared_pieces(fope, shape, files)
+    wanted = _one_dtype_each([*_outer_pieces(shape, vocab_size, args, files), *layers])
+    files.check_all_used()
+    size = sum(part.nbytes for part in wanted)
+    check_space("CHECKPOINT", target, size)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="writing weights", disable=None) as bar:
+        common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
+        create(target, common, _parts(wanted, files, bar), _extra_states(shape))
     return Imported(
         folder=target,
-        architecture=config["architectures"][0],
+        architecture=(config.get("architectures") or [family.architecture])[0],
         num_parameters=sum(part.numel for part in wanted),
         flags=flags,
         vocab_size=vocab_size,
@@ -118,7 +135,7 @@ def _read_json(file: Path, where: str) -> dict[str, Any]:
 
 
 def _tokenizer_flags(folder: Path, vocab_size: int) -> list[str]:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return compat.null_tokenizer_flags(vocab_size)
     tokens = len(load_tokenizer(folder, "HF_FOLDER"))
     if tokens > vocab_size:
@@ -133,7 +150,7 @@ def _tokenizer_flags(folder: Path, vocab_size: int) -> list[str]:
     ]
 
 
-def _arguments(flags: list[str], fope: FoPEConfig | None) -> Any:
+def _arguments(flags: list[str], fope: FoPEConfig | None, where: str) -> Any:
     """Megatron's arguments for a model; the settings of FoPE are those of the folder."""
     args = parse(megatron_parser("megatron-fope import"), flags)
     if fope is None:
@@ -141,12 +158,15 @@ def _arguments(flags: list[str], fope: FoPEConfig | None) -> Any:
     args.add_position_embedding = False
     for field in FIELDS:
         setattr(args, f"fope_{field.name}", getattr(fope, field.name))
-    resolve_fope_arguments(args, fope)
+    try:
+        resolve_fope_arguments(args, fope)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     return args
 
 
 class _Files:
-    """The tensors of a folder; files are mapped, not read."""
+    """The tensors of a folder."""
 
     def __init__(self, folder: Path, where: str) -> None:
         self._where = where
@@ -163,26 +183,20 @@ class _Files:
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
                 raise UserError(f"{where}: {name} is missing")
-        self._paths = [folder / name for name in names]
-        self._tensors: dict[str, Any] = {}
-        self._used: set[str] = set()
-
-    def __enter__(self) -> _Files:
         try:
             from safetensors import SafetensorError, safe_open
         except ImportError:
             raise UserError("import needs safetensors; install it with: pip install safetensors") from None
-
-        for path in self._paths:
+        self._tensors: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+        self._used: set[str] = set()
+        for path in (folder / name for name in names):
             try:
-                file = safe_open(path, framework="pt")
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118  # it is no dictionary
+                        stored = file.get_slice(name)
+                        self._tensors[name] = path, tuple(stored.get_shape()), stored.get_dtype()
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{self._where}: {path.name} cannot be read ({error})") from None
-            self._tensors |= dict.fromkeys(file.keys(), file)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._tensors.clear()
+                raise UserError(f"{where}: {path.name} cannot be read ({error})") from None
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -196,20 +210,21 @@ class _Files:
         if name not in self._tensors:
             raise UserError(f"{self._where}: its files have no {name}")
         self._used.add(name)
-        stored = self._tensors[name].get_slice(name)
-        if tuple(stored.get_shape()) != size:
+        _, stored, kind = self._tensors[name]
+        if stored != size:
             raise UserError(
-                f"{self._where}: {name} has the size {list(stored.get_shape())}; its config.json requires "
-                f"{list(size)}"
+                f"{self._where}: {name} has the size {list(stored)}; its config.json requires {list(size)}"
             )
-        if stored.get_dtype() not in _FLOATS:
-            raise UserError(
-                f"{self._where}: {name} has the type {stored.get_dtype()}; allowed: {', '.join(_FLOATS)}"
-            )
-        return _FLOATS[stored.get_dtype()]
+        if kind not in _FLOATS:
+            raise UserError(f"{self._where}: {name} has the type {kind}; allowed: {', '.join(_FLOATS)}")
+        return _FLOATS[kind]
 
     def read(self, name: str) -> Tensor:
-        return self._tensors[name].get_tensor(name)
+        from safetensors import safe_open
+
+        # Files are mapped: opened once for all, they would fill the memory bit by bit.
+        with safe_open(self._tensors[name][0], framework="pt") as file:
+            return file.get_tensor(name)
 
     def check_all_used(self) -> None:
         """Refuse weights that have no place in Megatron's model; tables of RoPE are no weights."""
@@ -243,9 +258,8 @@ class _Wanted:
         return self.numel * self.dtype.itemsize
 
 
-def _wanted(
-    family: Family, shape: Shape, coefficients: tuple[str, ...], vocab_size: int, args: Any, files: _Files
-) -> Iterator[_Wanted]:
+def _outer_pieces(shape: Shape, vocab_size: int, args: Any, files: _Files) -> Iterator[_Wanted]:
+    """What is no layer's."""
     hidden, rows = shape.hidden_size, args.padded_vocab_size
     tied = not args.untie_embeddings_and_output_weights
     for name, source in (EMBEDDING,) if tied else (EMBEDDING, OUTPUT):
@@ -255,7 +269,10 @@ def _wanted(
         files.check(OUTPUT[1], (vocab_size, hidden))  # a copy of the embedding
     name, source = FINAL_NORM
     yield _Wanted(name, (), (), (source,), (hidden,), files.check(source, (hidden,)))
-    for weight in layer_weights(family, shape, coefficients):
+
+
+def _layer_pieces(weights: Iterable[Weight], shape: Shape, files: _Files) -> Iterator[_Wanted]:
+    for weight in weights:
         parts = weight.split(torch.empty(weight.size, device="meta"), shape)
         experts = range(shape.num_experts) if weight.per_expert else (None,)
         for layer in range(shape.num_layers):
@@ -271,11 +288,36 @@ def _wanted(
                 stacked: tuple[int, ...] = (shape.num_layers,)
                 if expert is not None:
                     index, stacked = (layer, expert), (shape.num_layers, shape.num_experts)
+                dtype = (
+                    torch.float32 if weight.is_coefficient else functools.reduce(torch.promote_types, dtypes)
+                )
                 for name in filter(None, (weight.megatron, weight.also)):
                     yield _Wanted(
-                        f"decoder.layers.{name}", index, stacked, sources, weight.size, dtypes[0],
+                        f"decoder.layers.{name}", index, stacked, sources, weight.size, dtype,
                         lambda values, weight=weight: weight.join(values, shape),
                     )  # fmt: skip
+
+
+def _shared_pieces(fope: FoPEConfig, shape: Shape, files: _Files) -> Iterator[_Wanted]:
+    """One pair of coefficients for every layer of Megatron's."""
+    for name, weight in zip(
+        fope.coefficient_names, coefficient_weights(shape, fope.coefficient_names), strict=True
+    ):
+        source = f"{engine.PREFIX}{name}"
+        files.check(source, weight.size if fope.separate_heads else weight.size[1:])
+        for layer in range(shape.num_layers):
+            yield _Wanted(
+                f"decoder.layers.{weight.megatron}", (layer,), (shape.num_layers,), (source,), weight.size,
+                torch.float32, lambda values, size=weight.size: values[0].view(size),
+            )  # fmt: skip
+
+
+def _one_dtype_each(wanted: Iterable[_Wanted]) -> list[_Wanted]:
+    """Layers and experts are pieces of one tensor in Megatron, which has one dtype."""
+    pieces, dtypes = list(wanted), dict[str, torch.dtype]()
+    for piece in pieces:
+        dtypes[piece.name] = torch.promote_types(dtypes.get(piece.name, piece.dtype), piece.dtype)
+    return [dataclasses.replace(piece, dtype=dtypes[piece.name]) for piece in pieces]
 
 
 def _extra_states(shape: Shape) -> Iterator[str]:
@@ -299,7 +341,7 @@ def _extra_states(shape: Shape) -> Iterator[str]:
 def _parts(wanted: list[_Wanted], files: _Files, bar: Any) -> Iterator[Part]:
     for piece in wanted:
         values = tuple(files.read(source) for source in piece.sources)
-        value = values[0] if piece.join is None else piece.join(values)
+        value = (values[0] if piece.join is None else piece.join(values)).to(piece.dtype)
         if piece.rows:
             value = torch.nn.functional.pad(value, (0, 0, 0, piece.rows - value.size(0)))
         offset = (*piece.index, *(0,) * value.dim())

@@ -1,18 +1,19 @@
-"""A model's settings on both sides: Megatron's arguments and ``config.json``."""
+"""``config.json`` of a Megatron checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from megatron_fope.arguments.flags import FIELDS, fope_config_of_checkpoint
+from megatron_fope.arguments.flags import fope_config_of_checkpoint
 from megatron_fope.arguments.megatron import num_kv_heads_of
 from megatron_fope.checkpoint.reader import Checkpoint
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig
 from megatron_fope.formula.geometry import Geometry
 from megatron_fope.layers.anneal import is_annealed
-from megatron_fope.tools.huggingface.families import ARCHITECTURES, FAMILIES, Family, Shape
+from megatron_fope.tools.huggingface import engine
+from megatron_fope.tools.huggingface.families import FAMILIES, Family, Shape
 
 MODELING = "modeling_fope"
 """The file that travels with a FoPE model's weights, without ``.py``."""
@@ -48,14 +49,9 @@ _WITHOUT_PLACE = (
 )  # fmt: skip
 """Arguments that change the model and that no family has."""
 
-_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 """What ``--use-rope-scaling`` computes in every supported Megatron, whatever factor it is given."""
-_LLAMA3_LENGTH = 8192
-
-_PLAIN_ROPE = ("default", "linear", "llama3")
-
-
-# Megatron to Hugging Face -------------------------------------------------------------------------
+LLAMA3_LENGTH = 8192
 
 
 def family_of(args: Any, where: str) -> Family:
@@ -119,22 +115,30 @@ def shape_of_args(args: Any, fope: FoPEConfig | None) -> Shape:
     )
 
 
-def config_of(source: Checkpoint, vocab_size: int, max_length: int | None, where: str) -> dict[str, Any]:
+def config_of(
+    source: Checkpoint, vocab_size: int, max_length: int | None, layout: str, where: str
+) -> dict[str, Any]:
     """``config.json`` of a checkpoint, without ids of special tokens and without the dtype.
 
     Args:
         source: the checkpoint.
         vocab_size: rows of the embedding that are kept.
         max_length: ``max_position_embeddings`` in tokens; None: the length that the model was trained with.
+        layout: one of :data:`megatron_fope.tools.huggingface.FORMATS`.
         where: start of messages.
 
     Raises:
-        UserError: a model that no family can be, or a FoPE model that is still being annealed.
+        UserError: a model that no family can be, one that the layout has no place for, or a FoPE model that
+            is still being annealed.
     """
     args = source.args
     kind = source.position_embedding_type
     if kind not in ("rope", "fope"):
         raise UserError(f"{where}: its --position-embedding-type is {kind}; allowed: rope, fope")
+    if layout == "engine" and kind == "rope":
+        raise UserError(
+            f"{where}: its --position-embedding-type is rope; --format engine requires fope; use --format hf"
+        )
     family, shape = family_of(args, where), shape_of_args(args, None)
     config = {
         "architectures": [family.architecture],
@@ -159,7 +163,13 @@ def config_of(source: Checkpoint, vocab_size: int, max_length: int | None, where
         config["attention_bias"] = False
     if family.experts is not None:
         config |= _experts(args, family, shape.ffn_size)
-    return config | (_fope(source, config, family, where) if kind == "fope" else _rope_scaling(args))
+    if kind == "rope":
+        return config | _rope_scaling(args)
+    fope = fope_settings(source, where)
+    if layout == "engine":
+        scaling = engine.rope_scaling(fope, shape.head_dim, family.model_type, where)
+        return config | {"rope_scaling": scaling}
+    return config | _fope(fope, config, family)
 
 
 def _experts(args: Any, family: Family, size: int) -> dict[str, Any]:
@@ -184,19 +194,27 @@ def _first(value: Any) -> Any:
 
 def _rope_scaling(args: Any) -> dict[str, Any]:
     if getattr(args, "use_rope_scaling", False):
-        length = {"original_max_position_embeddings": _LLAMA3_LENGTH}
-        return {"rope_scaling": {"rope_type": "llama3", **_LLAMA3, **length}}
+        length = {"original_max_position_embeddings": LLAMA3_LENGTH}
+        return {"rope_scaling": {"rope_type": "llama3", **LLAMA3, **length}}
     factor = getattr(args, "rotary_seq_len_interpolation_factor", None)
     if factor and factor != 1:
         return {"rope_scaling": {"rope_type": "linear", "factor": float(factor)}}
     return {}
 
 
-def _fope(source: Checkpoint, config: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
+def fope_settings(source: Checkpoint, where: str) -> FoPEConfig:
+    """FoPE's settings of a checkpoint.
+
+    Raises:
+        UserError: it is still being annealed, or a setting is not allowed.
+    """
     step = source.iteration if isinstance(source.iteration, int) else 0
     if not is_annealed(source.args, step):
         raise UserError(f"{where}: its start from RoPE is still being annealed; finish it first")
-    fope = fope_config_of_checkpoint(source.args, source.args)
+    return fope_config_of_checkpoint(source.args, source.args)
+
+
+def _fope(fope: FoPEConfig, config: dict[str, Any], family: Family) -> dict[str, Any]:
     geometry = Geometry(fope, config["head_dim"], config["num_key_value_heads"])
     name = f"Fope{family.class_name}"
     pad_sin, pad_cos = fope.scaled_pad
@@ -218,160 +236,3 @@ def _fope(source: Checkpoint, config: dict[str, Any], family: Family, where: str
             "settings": dataclasses.asdict(fope),
         },
     }
-
-
-# Hugging Face to Megatron -------------------------------------------------------------------------
-
-
-def family_of_config(config: dict[str, Any], where: str) -> tuple[Family, bool]:
-    """The family that a ``config.json`` names, and whether it is a FoPE model.
-
-    Raises:
-        UserError: another architecture, or a setting of it that Megatron's GPT has no place for.
-    """
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
-    plain = (name or "").removeprefix("Fope")
-    family = ARCHITECTURES.get(plain)
-    if family is None:
-        note = ""
-        if "InternS1Pro" in plain:
-            note = " (Intern-S1-Pro routes to one expert of each of 8 groups, which Megatron's router cannot)"
-        raise UserError(f"{where}: its architecture is {name}{note}; allowed: {', '.join(ARCHITECTURES)}")
-    is_fope = plain != name
-    if "auto_map" in config and not is_fope:
-        raise UserError(f"{where}: it comes with code of its own, which is never run; use a model without")
-    wrong = {
-        "hidden_act": ("silu", "silu"),
-        "mlp_bias": (False, False),
-        "quantization_config": (None, None),
-        "use_sliding_window": (False, False),
-        "decoder_sparse_step": (1, 1),
-        "mlp_only_layers": ([], []),
-        "partial_rotary_factor": (1.0, 1.0),
-        "attention_bias": (family.qkv_bias, False),
-    }
-    for key, (default, allowed) in wrong.items():
-        value = config.get(key, default)
-        if value not in (allowed, None) and not (key == "attention_bias" and family.qkv_bias):
-            raise UserError(f"{where}: its {key} is {value}; requires {allowed}")
-    window, length = config.get("sliding_window"), config.get("max_position_embeddings", 0)
-    if window and window < length and config.get("use_sliding_window", True):
-        raise UserError(f"{where}: its sliding_window is {window}; requires none below {length} tokens")
-    return family, is_fope
-
-
-def flags_of(config: dict[str, Any], family: Family, where: str) -> list[str]:
-    """Megatron's flags of the model that a ``config.json`` describes, without those of FoPE.
-
-    Raises:
-        UserError: a key is missing or of the wrong kind, or a scaling of RoPE that Megatron cannot compute.
-    """
-    heads = whole(config, "num_attention_heads", where)
-    groups = whole(config, "num_key_value_heads", where, heads)
-    hidden = whole(config, "hidden_size", where)
-    values: dict[str, Any] = {
-        "num-layers": whole(config, "num_hidden_layers", where),
-        "hidden-size": hidden,
-        "ffn-hidden-size": whole(config, "intermediate_size", where),
-        "num-attention-heads": heads,
-        "kv-channels": whole(config, "head_dim", where, hidden // heads),
-        "seq-length": whole(config, "max_position_embeddings", where),
-        "max-position-embeddings": whole(config, "max_position_embeddings", where),
-        "normalization": "RMSNorm",
-        "norm-epsilon": config.get("rms_norm_eps", 1e-6),
-        "attention-dropout": 0.0,
-        "hidden-dropout": 0.0,
-    }
-    flags = ["--swiglu", "--disable-bias-linear"]
-    if groups != heads:
-        flags.append("--group-query-attention")
-        values["num-query-groups"] = groups
-    if family.qkv_bias:
-        flags.append("--add-qkv-bias")
-    if family.qk_norm:
-        flags.append("--qk-layernorm")
-    if not config.get("tie_word_embeddings", False):
-        flags.append("--untie-embeddings-and-output-weights")
-    if family.experts is not None:
-        values |= _expert_flags(config, family, where)
-        if family.model_type == "qwen3_moe" and not config.get("norm_topk_prob", False):
-            flags.append("--moe-router-pre-softmax")
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))] + flags
-
-
-def _expert_flags(config: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
-    mixtral = family.model_type == "mixtral"
-    return {
-        "num-experts": whole(config, "num_local_experts", where, config.get("num_experts")),
-        "moe-router-topk": whole(config, "num_experts_per_tok", where),
-        "moe-ffn-hidden-size": whole(
-            config, "intermediate_size" if mixtral else "moe_intermediate_size", where
-        ),
-        "moe-aux-loss-coeff": config.get("router_aux_loss_coef", 0.0),
-        "moe-router-load-balancing-type": "aux_loss",
-    }
-
-
-def rope_flags(config: dict[str, Any], where: str) -> list[str]:
-    """Megatron's flags of a RoPE model's frequencies.
-
-    Raises:
-        UserError: a scaling that Megatron's RoPE cannot compute.
-    """
-    rope = rope_parameters(config)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    flags = ["--position-embedding-type", "rope", "--rotary-base", base_of(config)]
-    if kind == "linear" and float(rope["factor"]).is_integer():
-        return [*flags, "--rotary-seq-len-interpolation-factor", str(int(rope["factor"]))]
-    if kind == "llama3":
-        asked = {name: rope.get(name) for name in _LLAMA3}
-        if asked == _LLAMA3 and rope.get("original_max_position_embeddings") == _LLAMA3_LENGTH:
-            return [*flags, "--use-rope-scaling"]
-        raise UserError(
-            f"{where}: its llama3 scaling is {asked}; Megatron computes {_LLAMA3} of {_LLAMA3_LENGTH} only"
-        )
-    if kind != "default":
-        raise UserError(f"{where}: its rope_type is {kind}; allowed: {', '.join(_PLAIN_ROPE)}")
-    return flags
-
-
-def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """What newer releases of transformers call ``rope_parameters`` and older ones ``rope_scaling``."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
-
-
-def base_of(config: dict[str, Any]) -> str:
-    """The base of the frequencies as Megatron's flag takes it: a whole number where it is one."""
-    base = float(config.get("rope_theta") or rope_parameters(config).get("rope_theta") or 10000.0)
-    return str(int(base)) if base.is_integer() else str(base)
-
-
-def fope_of(config: dict[str, Any], where: str) -> FoPEConfig:
-    """FoPE's settings in a folder that we wrote.
-
-    Raises:
-        UserError: they are missing or not what they should be.
-    """
-    stored = config.get("fope")
-    settings = stored.get("settings") if isinstance(stored, dict) else None
-    names = {field.name for field in FIELDS} | {"rotary_base"}
-    if not isinstance(settings, dict) or not settings.keys() <= names:
-        raise UserError(f"{where}: its config.json has no settings of FoPE that this version knows")
-    try:
-        return FoPEConfig(**settings)
-    except TypeError as error:
-        raise UserError(f"{where}: FoPE's settings in its config.json are not whole ({error})") from None
-
-
-def whole(config: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
-    """A size in ``config.json``.
-
-    Raises:
-        UserError: it is missing without a default, or no positive whole number.
-    """
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{where}: its {key} is {value!r}; allowed: whole numbers >= 1")
-    return value
