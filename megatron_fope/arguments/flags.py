@@ -53,6 +53,12 @@ _HELP: dict[str, str] = {
     "nothing a frequency, 'upstream' is the authors' rule, 'upstream-zeros' the same without random numbers.",
     "anneal_iters": f"Iterations of {START_FROM_ROPE} function-preserving, >= 1, in which RoPE becomes FoPE; "
     "give both until the end of them.",
+    "anneal_order": "How clipped frequencies leave under it: 'together', or one after another, "
+    "'slowest-first' or 'slowest-last'.",
+    "anneal_clip": "In which of these iterations they leave: FIRST:LAST, counted from the "
+    "start. Default: all.",
+    "anneal_padding": "In which of them the padding comes in: FIRST:LAST. Default: all.",
+    "anneal_series": "In which of them the series come in: FIRST:LAST. Default: all.",
     "floor_ratio": "Multiplies the clipping floor 2 pi / L: 2 drops everything below two cycles in L, 0 "
     "nothing.",
     "num_inv_freq": "Keep exactly the first so many frequencies and ignore the floor. Default: by the floor.",
@@ -104,6 +110,8 @@ def add_fope_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         elif field.name in CHOICES:
             # Checked by FoPEConfig, whose one line names what is allowed.
             options["metavar"] = "{" + " ".join(CHOICES[field.name]) + "}"
+        elif field.type == "str":
+            options["metavar"] = "FIRST:LAST"  # of a schedule, which checks it
         else:
             is_float = field.type == "float"
             options["type"], options["metavar"] = (number(), "X") if is_float else (whole(), "N")
@@ -148,7 +156,7 @@ def _help(field: dataclasses.Field) -> str:
         return f"{text} Default (profile): {values}."
     if field.name == "profile":
         return f"{text} Default: paper."
-    if field.name in ("train_length", "num_inv_freq"):
+    if field.name in ("train_length", "num_inv_freq") or field.default == "":
         return text
     return f"{text} Default: {field.default}."
 
@@ -376,15 +384,12 @@ def check_start_flags(args: Any) -> None:
             f"allowed: {', '.join(CHECKPOINT_FORMATS)}"
         )
     iterations = given.get("anneal_iters", 0)
-    if start == "function-preserving":
-        if iterations < 1:
-            raise UserError(
-                f"{flag('anneal_iters')} is {iterations}; {START_FROM_ROPE} {start} needs at least 1"
-            )
-    elif iterations:
-        raise UserError(
-            f"{flag('anneal_iters')} is {iterations}; requires {START_FROM_ROPE} function-preserving"
-        )
+    if start == "function-preserving" and iterations < 1:
+        raise UserError(f"{flag('anneal_iters')} is {iterations}; {START_FROM_ROPE} {start} needs at least 1")
+    for name in FoPEConfig.START if start != "function-preserving" else ():
+        default = FoPEConfig.__dataclass_fields__[name].default
+        if given.get(name, default) != default:
+            raise UserError(f"{flag(name)} is {given[name]}; requires {START_FROM_ROPE} function-preserving")
     if start == "clip-only":
         for name, allowed in (("init", "identity"), ("clip", True), ("drop_clipped", True)):
             if given.get(name, allowed) != allowed:

@@ -28,6 +28,7 @@ from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig, flag
 from megatron_fope.formula.geometry import Geometry
 from megatron_fope.formula.growth import check_growth
+from megatron_fope.formula.schedule import Schedule
 from megatron_fope.layers import anneal
 
 _SHAPES = ("kv_channels", "qk_pos_emb_head_dim", "num_attention_heads")
@@ -87,7 +88,9 @@ def changed_settings(args: Any, stored: Any) -> dict[str, tuple[Any, Any]]:
     """FoPE's settings that make another model than the checkpoint's: the run's value and the stored one."""
     theirs = fope_config_of_checkpoint(stored, args)
     changed = fope_config_from_args(args).differences(theirs)
-    return {field: values for field, values in changed.items() if field not in ("learnable", "anneal_iters")}
+    return {
+        field: values for field, values in changed.items() if field not in FoPEConfig.START | {"learnable"}
+    }
 
 
 def check_position_type(asked: str | None, stored: Any, folder: Any) -> None:
@@ -179,6 +182,8 @@ class Start:
                 f"FoPE's weight against RoPE is {weight:g}, and 1 in {total} iterations from iteration "
                 f"{self.args.fope_anneal_start}"
             )
+            if not Schedule.of(self.config).is_plain:
+                yield f"its parts come in on a schedule of their own: {_schedule(self.config)}"
 
     def _notes(self, folder: Any, base: float) -> Iterator[str]:
         """Those of one kind; ``base`` is the checkpoint's."""
@@ -230,14 +235,14 @@ class Resume(Start):
                 "learnable", None
             )  # a new run may start or stop learning; the numbers are the same
         if anneal.is_annealed(self.stored, self.iteration):
-            differences.pop("anneal_iters", None)
+            differences = {name: both for name, both in differences.items() if name not in FoPEConfig.START}
         if differences and config.profile != stored.profile:
             refuse_difference("--fope-profile", config.profile, stored.profile, self.where)
         for field, (value, old) in differences.items():
             hint = ""
-            if field == "anneal_iters":
+            if field in FoPEConfig.START:
                 hint = (
-                    f" and is in the middle; give {START_FROM_ROPE} function-preserving {flag(field)} {old}"
+                    f" and is in the middle; give {START_FROM_ROPE} function-preserving {_schedule(stored)}"
                 )
             elif field == "train_length" and value > old:
                 hint = f"; {GROW} grows the coefficients"
@@ -372,6 +377,14 @@ class Grow(Start):
         )
         if base != self.config.rotary_base:
             yield f"the rotary base changes from {base:g} to {self.config.rotary_base:g}"
+
+
+def _schedule(config: FoPEConfig) -> str:
+    """The flags of a gradual start that are not at their defaults."""
+    fields = [field for field in dataclasses.fields(config) if field.name in FoPEConfig.START]
+    values = {flag(field.name): getattr(config, field.name) for field in fields}
+    defaults = {flag(field.name): field.default for field in fields}
+    return " ".join(f"{name} {value}" for name, value in values.items() if value != defaults[name])
 
 
 def _unrotated(no_rope_freq: int | list[int] | None, num_layers: int | None) -> int | list[int] | None:

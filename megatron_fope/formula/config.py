@@ -55,6 +55,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     # How coefficients grow with the training length; see megatron_fope.formula.growth.
     "growth": ("aligned", "upstream", "upstream-zeros"),
     "pad_value": tuple(PAD_VALUES),
+    # How clipped frequencies leave; see megatron_fope.formula.schedule.
+    "anneal_order": ("together", "slowest-first", "slowest-last"),
     "scaling": ("none", "pi", "linear", "yarn", "llama3"),
     # What rotates queries and keys; see megatron_fope.kernels.backend.
     "backend": ("auto", "torch", "triton"),
@@ -121,6 +123,14 @@ class FoPEConfig:
     """How coefficients grow with the training length; one of :data:`CHOICES`."""
     anneal_iters: int = 0
     """Iterations from the RoPE model to this one (:mod:`megatron_fope.layers.anneal`); 0: FoPE at once."""
+    anneal_order: str = "together"
+    """How clipped frequencies leave in these iterations; one of :data:`CHOICES`."""
+    anneal_clip: str = ""
+    """When: "FIRST:LAST", iterations since the start (:mod:`megatron_fope.formula.schedule`); "": all."""
+    anneal_padding: str = ""
+    """When the padding comes in, the same way."""
+    anneal_series: str = ""
+    """When the series come in, the same way."""
     learnable: bool = False
     """Train the coefficients. The paper and all published models keep them frozen."""
     pad_value: str = "1,1"
@@ -146,6 +156,10 @@ class FoPEConfig:
     """Fields that only decide what new coefficients are; a checkpoint brings its own."""
     RUN_ONLY: ClassVar[frozenset[str]] = frozenset({"backend"})
     """Fields that belong to a run and not to the model; a checkpoint's are not looked at."""
+    START: ClassVar[frozenset[str]] = frozenset(
+        {"anneal_iters", "anneal_order", "anneal_clip", "anneal_padding", "anneal_series"}
+    )
+    """Fields about the way from RoPE; without effect once a model has come to its end."""
 
     @classmethod
     def from_profile(cls, profile: str = "paper", *, train_length: int, **overrides: Any) -> FoPEConfig:
@@ -229,6 +243,9 @@ class FoPEConfig:
             require("yarn_beta_fast", self.yarn_beta_fast >= slow, at_least)
             share = 0 <= self.yarn_extrapolation_factor <= 1
             require("yarn_extrapolation_factor", share, "numbers from 0 to 1")
+        from megatron_fope.formula.schedule import Schedule  # which imports this module
+
+        Schedule.of(self)  # refuses what is no schedule
         if self.learnable and self.shared_layers:
             raise UserError(
                 "--fope-learnable is given with coefficients shared by all layers; use "

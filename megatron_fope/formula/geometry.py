@@ -78,6 +78,11 @@ class Geometry:
         """How many of the rotary frequencies are clipped."""
         return int((~self._kept).sum())
 
+    @property
+    def leaving(self) -> range:
+        """Channel pairs that lose their own frequency: clipped ones, and others without a series."""
+        return range(min(self.d_out, int(self._kept.sum())), self.head_dim // 2)
+
     @cached_property
     def _inv_freq(self) -> Tensor:
         config, dim, keep = self.config, self._dim, self._kept

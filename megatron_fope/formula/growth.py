@@ -50,7 +50,7 @@ _MAY_CHANGE = frozenset(
         "yarn_extrapolation_factor",
         "attention_scaling",
         "learnable",
-        "anneal_iters",
+        *FoPEConfig.START,
     }
 )
 """Fields that move or scale frequencies, or belong to a run; the others would give the coefficients another

@@ -1,24 +1,29 @@
 """The function-preserving start: from RoPE to FoPE over a number of iterations.
 
 While a start is annealed, queries and keys are rotated by tables between those of the RoPE model and those of
-the FoPE model with its final coefficients::
+the FoPE model with its final coefficients. :mod:`megatron_fope.formula.schedule` gives weights from 0 to 1
+for every step, ``c_j`` of the clip of pair j, ``p`` of the padding and ``s`` of the series::
 
-    T(m) = (1 - a) * RoPE(m) + a * FoPE(m),    a = annealed iterations / N, from 0 to 1
+    T_j(m) = (1 - s) * RoPE_j(m) + s * FoPE_j(m)                       a pair that keeps a frequency
+    T_j(m) = (1 - c_j) * RoPE_j(m) + c_j * (0, 1) + p * (pad - (0, 1)) a pair that loses it
+
+Without a schedule of their own all weights are one, ``a`` = annealed iterations / N, and every table is
+``(1 - a) * RoPE(m) + a * FoPE(m)``.
 
 This is one Fourier series over the frequencies of both and a constant (for the padded pairs), mixed by
-``[(1 - a) identity; a coefficients; a padding]``. So the stored coefficients have their final shape and
-values from the first iteration, gain and clip come in together, every way to rotate works unchanged, and at
-``a = 1`` the plain FoPE model is left.
+``[(1 - w) identity; w coefficients; constant]``. So the stored coefficients have their final shape and
+values from the first iteration, every way to rotate works unchanged, and at the end the plain FoPE model is
+left.
 
 Why not lower the clipped frequencies to zero and scale the random part instead: a lower frequency changes
 angles in proportion to the position, by whole cycles for late tokens, and ends at sin 0 and cos 1, not at
 the padding. The price of interpolating tables is that a clipped pair is no rotation halfway: at ``a = 1/2``
 its size goes from 0.2 to 1.2 with the position.
 
-The weight ``a`` depends on the iteration alone. A checkpoint stores N and the iteration at which the start
-began with its arguments; loading one in the middle, to train or to evaluate, gives the weight that comes
-next. Under CUDA graphs the weight is a number in device memory that changes between the steps; a graph that
-was captured before the end keeps computing the longer series until the job restarts.
+The weights depend on the iteration alone. A checkpoint stores the schedule and the iteration at which the
+start began with its arguments; loading one in the middle, to train or to evaluate, gives the weights that
+come next. Under CUDA graphs the weights are numbers in device memory that change between the steps; a graph
+that was captured before the end keeps computing the longer series until the job restarts.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ from megatron_fope.common.log import announce
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig
 from megatron_fope.formula.geometry import Geometry, effective_coefficients, rotary_frequencies
+from megatron_fope.formula.schedule import Schedule
 from megatron_fope.layers.precision import KeepsDtype
 
 
@@ -71,48 +77,71 @@ def advance(completed: int, model: Iterable[torch.nn.Module] = ()) -> None:
                 module.update()
 
 
+def current_step() -> int:
+    """Iterations done since the start; negative before it."""
+    return _progress.completed - _progress.start
+
+
 def current_weight(anneal_iters: int) -> float:
-    """FoPE's share of the tables, 0 to 1; 1 without annealing."""
+    """How far the start is, 0 to 1; 1 without annealing. Without a schedule FoPE's share of the tables."""
     if not anneal_iters:
         return 1.0
-    return min(1.0, max(0.0, (_progress.completed - _progress.start) / anneal_iters))
+    return min(1.0, max(0.0, current_step() / anneal_iters))
 
 
 @contextmanager
-def training_step(model: Iterable[torch.nn.Module], iteration: int, args: Any) -> Iterator[None]:
-    """Around one training step: the weight of its iteration inside, that of the next one afterwards.
+def training_step(
+    model: Iterable[torch.nn.Module], iteration: int, args: Any, geometry: Geometry
+) -> Iterator[None]:
+    """Around one training step: the weights of its iteration inside, those of the next one afterwards.
 
     Args:
         model: the chunks that are trained.
         iteration: iterations done before.
         args: Megatron's arguments.
+        geometry: FoPE's.
     """
-    total = args.fope_anneal_iters
+    total = geometry.config.anneal_iters
     _progress.completed = iteration
-    weight = current_weight(total)
-    if weight == 1.0:
+    if current_weight(total) == 1.0:
         yield
         return
     advance(iteration, model)
+    shares = _shares(geometry)
     yield
     advance(iteration + 1, model)
-    _log(iteration + 1, weight, args)
+    _log(iteration + 1, shares, args)
     if current_weight(total) == 1.0:
         announce(f"iteration {iteration + 1} was the last with RoPE; from here on it is FoPE")
 
 
-def _log(iteration: int, weight: float, args: Any) -> None:
-    """The weight of one iteration, where Megatron's other numbers go."""
+def _shares(geometry: Geometry) -> dict[str, float]:
+    """What of FoPE is in the tables now, by the names that TensorBoard gets."""
+    shares = {"fope-weight": current_weight(geometry.config.anneal_iters)}
+    schedule = Schedule.of(geometry.config)
+    if not schedule.is_plain:
+        weights = schedule.weights(current_step(), len(geometry.leaving))
+        shares["fope-clip"] = float(weights.clip.mean()) if weights.clip.numel() else 1.0
+        shares |= {"fope-padding": weights.padding, "fope-series": weights.series}
+    return shares
+
+
+def _log(iteration: int, shares: dict[str, float], args: Any) -> None:
+    """The weights of one iteration, where Megatron's other numbers go."""
     from megatron.training import get_tensorboard_writer, get_wandb_writer
 
     if iteration % args.log_interval == 0:
-        announce(f"iteration {iteration} had FoPE's weight {weight:g} against RoPE")
+        weight, *parts = shares.items()
+        more = ", ".join(f"{name.removeprefix('fope-')} {value:g}" for name, value in parts)
+        more = f" ({more})" if more else ""
+        announce(f"iteration {iteration} had FoPE's weight {weight[1]:g} against RoPE{more}")
     if iteration % args.tensorboard_log_interval:
         return
     if writer := get_tensorboard_writer():
-        writer.add_scalar("fope-weight", weight, iteration)
+        for name, value in shares.items():
+            writer.add_scalar(name, value, iteration)
     if writer := get_wandb_writer():
-        writer.log({"fope-weight": weight}, iteration)
+        writer.log(shares, iteration)
 
 
 def annealed_iterations(stored_args: Any, iteration: int) -> int:
@@ -140,13 +169,15 @@ class Interpolation(KeepsDtype):
     """
 
     inv_freq: Tensor
-    weight: Tensor
+    weights: Tensor
+    """``[3, head_dim / 2]`` float32: FoPE's share in every pair, and the constants of sin and of cos."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
         self.geometry, self.fope, self.num_pairs = geometry, geometry.config, geometry.head_dim // 2
         fope = self.fope
-        self._written = 0.0
+        self.schedule = Schedule.of(fope)
+        self._written = 0
         for name, value in self.initial_tensors().items():
             self.register_buffer(name, value, persistent=False)
         self.settings = FoPEConfig.from_profile(
@@ -159,22 +190,34 @@ class Interpolation(KeepsDtype):
         """What the interpolated coefficients mean: nothing left to fold in, no pair without a series."""
 
     def initial_tensors(self) -> dict[str, Tensor]:
-        """The frequencies of RoPE and of FoPE, and the weight that was written last."""
+        """The frequencies of RoPE and of FoPE, and the weights that were written last."""
         both = torch.cat((rotary_frequencies(self.fope, 2 * self.num_pairs), self.geometry.inv_freq))
-        weight = torch.full((), self._written, dtype=torch.float32, device="cpu")
-        return {"inv_freq": both, "weight": weight}
+        return {"inv_freq": both, "weights": self._weights(self._written)}
 
     @property
     def active(self) -> bool:
-        """Whether the weight is below 1."""
+        """Whether the model is not FoPE yet."""
         return current_weight(self.fope.anneal_iters) < 1.0
 
     def update(self) -> None:
-        """Write the current weight to the device, without waiting for it."""
-        weight = current_weight(self.fope.anneal_iters)
-        if weight != self._written:
-            self.weight.fill_(weight)
-            self._written = weight
+        """Write the weights of the current step to the device."""
+        step = min(self.schedule.steps, max(0, current_step()))
+        if step != self._written:
+            self.weights.copy_(self._weights(step))
+            self._written = step
+
+    def _weights(self, step: int) -> Tensor:
+        leaving, padded = self.geometry.leaving, self.num_pairs - self.geometry.d_out
+        now = self.schedule.weights(step, len(leaving))
+        # Whole numbers first: deepspeed.zero.Init rounds new floating tensors to the training dtype.
+        weights = torch.zeros(3, self.num_pairs, dtype=torch.int32, device="cpu").float()
+        weights[0] = now.series
+        weights[0, leaving.start :] = now.clip
+        clip, factor = weights[0, self.num_pairs - padded :], self.fope.attention_scaling
+        constants = [factor * (clip * rest + now.padding * (pad - rest))
+                     for rest, pad in zip((0.0, 1.0), self.fope.pad, strict=True)]  # fmt: skip
+        weights[1:] = F.pad(torch.stack(constants), (self.num_pairs - padded, 0))
+        return weights
 
     def basis(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """``(sin, cos)``, each ``[..., head_dim / 2 + D_in + 1]``; the last is the constant 1 in both."""
@@ -188,15 +231,15 @@ class Interpolation(KeepsDtype):
             coefficients: the layer's own, possibly fewer heads.
         """
         sin_coef, cos_coef = effective_coefficients(self.fope, coefficients)
-        pad_sin, pad_cos = self.fope.scaled_pad
-        return {"sin_coef": self._between(sin_coef, pad_sin), "cos_coef": self._between(cos_coef, pad_cos)}
+        # No count of writes, as for frozen coefficients in FourierEmbedding.
+        share, sin_constant, cos_constant = self.weights.data
+        return {
+            "sin_coef": self._between(sin_coef, share, sin_constant),
+            "cos_coef": self._between(cos_coef, share, cos_constant),
+        }
 
-    def _between(self, coefficients: Tensor, pad: float) -> Tensor:
+    def _between(self, coefficients: Tensor, share: Tensor, constant: Tensor) -> Tensor:
         heads, _, d_out = coefficients.shape
-        padded = self.num_pairs - d_out
-        constant = F.pad(coefficients.new_zeros(heads, 1, d_out), (0, padded), value=pad)
-        fope = torch.cat((F.pad(coefficients, (0, padded)), constant), dim=1)
-        rope = torch.eye(self.num_pairs, dtype=fope.dtype, device=fope.device).expand(heads, -1, -1)
-        rope = rope * self.fope.attention_scaling
-        weight = self.weight.data  # no count of writes, as for frozen coefficients in FourierEmbedding
-        return torch.cat(((1.0 - weight) * rope, weight * fope), dim=1)
+        fope = F.pad(coefficients, (0, self.num_pairs - d_out)) * share
+        rope = torch.diag((1.0 - share) * self.fope.attention_scaling).expand(heads, -1, -1)
+        return torch.cat((rope.to(fope.dtype), fope, constant.to(fope.dtype).expand(heads, 1, -1)), dim=1)

@@ -31,6 +31,7 @@ from megatron_fope.arguments.flags import (
     fope_config_from_args,
     resolve_fope_arguments,
 )
+from megatron_fope.arguments.megatron import head_dim_of
 from megatron_fope.arguments.rope import note_construction
 from megatron_fope.checkpoint.arguments import adopt_checkpoint_arguments, position_type_if_given
 from megatron_fope.checkpoint.loading import load_base_checkpoint
@@ -39,6 +40,7 @@ from megatron_fope.checkpoint.start import check_start
 from megatron_fope.common.errors import UserError, exit_on_user_error
 from megatron_fope.common.log import announce, is_rank0
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.geometry import Geometry
 from megatron_fope.layers import anneal
 from megatron_fope.layers.position_ids import expect_plain_position_ids
 from megatron_fope.layers.report import assert_fope_active, describe, layer_list
@@ -300,9 +302,9 @@ def _wrap_train_step(original: Callable) -> Callable:
             return original(*given, **kwargs)
         call = signature.bind(*given, **kwargs).arguments
         iteration = call.get("iteration")
-        with anneal.training_step(
-            call["model"], args.curr_iteration if iteration is None else iteration, args
-        ):
+        iteration = args.curr_iteration if iteration is None else iteration
+        geometry = Geometry(fope_config_from_args(args), head_dim_of(args))
+        with anneal.training_step(call["model"], iteration, args, geometry):
             return original(*given, **kwargs)
 
     return train_step

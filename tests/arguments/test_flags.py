@@ -219,6 +219,10 @@ def test_every_flag_reaches_its_setting(tmp_path: Path) -> None:
         "init": "xavier_norm",
         "growth": "upstream",
         "anneal_iters": 7,
+        "anneal_order": "slowest-first",
+        "anneal_clip": "0:4",
+        "anneal_padding": "4:6",
+        "anneal_series": "5:7",
         "floor_ratio": 1.5,
         "num_inv_freq": 4,
         "clip": False,
@@ -248,12 +252,12 @@ def test_every_flag_reaches_its_setting(tmp_path: Path) -> None:
     assert [name for name in given if name != "profile" and given[name] == default[name]] == []
     flags, of_a_start = [], []
     for name, value in given.items():
-        words = of_a_start if name == "anneal_iters" else flags
+        words = of_a_start if name in FoPEConfig.START else flags
         if isinstance(value, bool):
             words.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
         else:
             words += [flag(name), str(value)]
-    # The one setting that needs something to load.
+    # The settings that need something to load.
     save_checkpoint(tmp_path, start([*FOPE, *flags]), "torch")
     flags += of_a_start
     flags += ["--fope-start-from-rope", "function-preserving", "--load", str(tmp_path), "--no-load-optim"]

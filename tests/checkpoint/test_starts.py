@@ -100,6 +100,44 @@ def test_the_end_is_the_plain_model(trainer: Trainer, annealed: Run) -> None:
     assert "FoPE's weight" not in new.log, "counting iterations anew is no new start"
 
 
+SCHEDULED = (*PRESERVING, "--fope-anneal-order", "slowest-first", "--fope-anneal-clip", "0:2",
+             "--fope-anneal-series", "1:3", "--fope-square", "--fope-pad-value", "0,1")  # fmt: skip
+
+
+@pytest.mark.launch
+def test_a_schedule(trainer: Trainer, rope: Run) -> None:
+    """Its weights are shown, and a run that stops goes on with the same ones or not at all."""
+    whole = start(trainer, rope, "scheduled", *SCHEDULED, "--save-interval", "1", save=True)
+    expected = whole.curve()
+    assert expected[3] == pytest.approx(rope.curve()[3], abs=2e-6)
+    assert whole.says(
+        "a schedule of their own: --fope-anneal-iters 3 --fope-anneal-order slowest-first --fope"
+    )
+    assert whole.says(
+        "iteration 4 had FoPE's weight 0.333333 against RoPE (clip 0.5, padding 0.333333, series"
+    )
+    assert whole.curve("fope-clip") == pytest.approx({3: 0, 4: 0.5, 5: 1})
+    assert (
+        whole.curve("fope-padding") == whole.curve("fope-weight") == pytest.approx({3: 0, 4: 1 / 3, 5: 2 / 3})
+    )
+    assert whole.curve("fope-series") == pytest.approx({3: 0, 4: 0, 5: 0.5})
+    flags = (*GO_ON, "--load", str(whole.folder), "--ckpt-step")
+    assert trainer.run("scheduled, resumed", *flags, "4", *SCHEDULED, save=False).curve() == {
+        5: expected[5],
+        6: expected[6],
+    }
+    from_checkpoint = trainer.run("scheduled, from its arguments", *flags, "4", "--use-checkpoint-args")
+    assert from_checkpoint.curve() == {5: expected[5], 6: expected[6]}
+    other = trainer.run("other", *flags, "4", *SCHEDULED, "--fope-anneal-clip", "0:3", check=False).error
+    assert other.startswith("--fope-anneal-clip is '0:3', but the checkpoint in") and other.endswith(
+        "was trained with '0:2' and is in the middle; give --fope-start-from-rope function-preserving "
+        "--fope-anneal-iters 3 --fope-anneal-order slowest-first --fope-anneal-clip 0:2 "
+        "--fope-anneal-series 1:3"
+    )
+    plain = trainer.run("scheduled, plain", *flags, "5", "--fope-square", "--fope-pad-value", "0,1")
+    assert plain.curve() == {6: expected[6]}
+
+
 @pytest.mark.launch
 def test_counting_anew_in_the_middle(trainer: Trainer, annealed: Run) -> None:
     run = trainer.run(
@@ -160,6 +198,10 @@ def test_another_base(trainer: Trainer, rope: Run) -> None:
         (
             {"start_from_rope": "immediate", "anneal_iters": 9},
             "--fope-anneal-iters is 9; requires --fope-start",
+        ),
+        (
+            {"start_from_rope": "clip-only", "anneal_order": "slowest-first"},
+            "--fope-anneal-order is slowest-first; requires --fope-start-from-rope function-preserving",
         ),
         (
             {"start_from_rope": "clip-only", "init": "eye"},

@@ -36,10 +36,23 @@ def _progress() -> Iterator[None]:
     anneal.begin(0, 0)
 
 
-@pytest.mark.parametrize("completed", [0, 3, 10])
+SCHEDULES = {
+    "plain": {},
+    "one after another": {
+        "anneal_order": "slowest-first",
+        "anneal_clip": "0:6",
+        "anneal_padding": "5:9",
+        "anneal_series": "2:10",
+    },
+}
+
+
+@pytest.mark.parametrize("completed", [0, 3, 7, 10])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_tables_lie_between(variant: str, completed: int) -> None:
-    config = FoPEConfig.from_profile(**{"train_length": 64, "anneal_iters": 10} | VARIANTS[variant])
+def test_tables_lie_between(variant: str, schedule: str, completed: int) -> None:
+    common = {"train_length": 64, "anneal_iters": 10}
+    config = FoPEConfig.from_profile(**common | VARIANTS[variant] | SCHEDULES[schedule])
     geometry = Geometry(config, HEAD_DIM, HEADS)
     coefficients = geometry.make_coefficients(layer=1)
     positions = torch.arange(50)
@@ -51,12 +64,24 @@ def test_tables_lie_between(variant: str, completed: int) -> None:
     # RoPE with the same scaling, which is what such a start must begin with.
     angles = positions[:, None, None] * rotary_frequencies(config, HEAD_DIM)
     fope = geometry.tables(*functional.fourier_basis(positions, geometry.inv_freq), coefficients)
-    weight, factor = completed / 10, config.attention_scaling
+    factor, half = config.attention_scaling, HEAD_DIM // 2
+    kept = 5  # frequencies, each with a series
+    padded = kept if config.drop_clipped else half
+    share = torch.full((half,), completed / 10)
+    padding = completed / 10
+    if schedule != "plain":
+        share[:kept] = min(1, max(0, (completed - 2) / 8))
+        done = min(1, completed / 6) * (half - kept)
+        share[kept:] = torch.tensor([min(1, max(0, done - k)) for k in range(half - kept)][::-1])
+        padding = min(1, max(0, (completed - 5) / 4))
     query, key = torch.randn(50, 1, 4, HEAD_DIM), torch.randn(50, 1, HEADS, HEAD_DIM)
-    sin, cos = (
-        ((1 - weight) * rope + weight * table).unsqueeze(1)
-        for rope, table in zip((angles.sin() * factor, angles.cos() * factor), fope, strict=True)
-    )
+    tables = []
+    for rope, table, rest, pad in zip((angles.sin(), angles.cos()), fope, (0, 1), config.pad, strict=True):
+        between_both = (1 - share) * rope * factor + share * table
+        constant = share * rest + padding * (pad - rest)
+        between_both[..., padded:] = ((1 - share) * rope + constant)[..., padded:] * factor
+        tables.append(between_both.unsqueeze(1))
+    sin, cos = tables
     expected = [functional.apply_fourier_rotary(x, sin, cos) for x in (query, key)]
     mixed = between.coefficients(coefficients)
     turned = torch_rotary.rotate(query, key, *between.basis(positions), mixed, between.settings)
@@ -70,6 +95,7 @@ def test_a_cast_keeps_frequencies_and_weight() -> None:
     anneal.begin(0, 1)
     between.update()
     before = [tensor.clone() for tensor in between.buffers()]
+    assert float(between.weights[0, 0]) == pytest.approx(1 / 3)
     for tensor, reference in zip(between.bfloat16().buffers(), before, strict=True):
         assert tensor.dtype == torch.float32 and torch.equal(tensor, reference)
     assert not between.state_dict(), "a checkpoint is that of the plain model"
@@ -80,10 +106,10 @@ def test_the_weight_of_a_captured_graph_is_written_in_place() -> None:
         Geometry(FoPEConfig.from_profile(train_length=64, anneal_iters=4), HEAD_DIM)
     )
     model = torch.nn.Sequential(between)
-    address = between.weight.data_ptr()
+    address = between.weights.data_ptr()
     for completed, weight in ((1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)):
         anneal.advance(completed, [model])
-        assert float(between.weight) == weight and between.weight.data_ptr() == address
+        assert float(between.weights[0, 0]) == weight and between.weights.data_ptr() == address
 
 
 @pytest.mark.parametrize(

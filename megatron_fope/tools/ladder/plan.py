@@ -215,7 +215,8 @@ def _same(one: Path, other: Path) -> bool:
 
 def _start_words(schedule: Schedule, number: int, source: Source, args: Any) -> list[str]:
     """FoPE's flags for what this stage starts from."""
-    way, iterations = schedule.start.get("from-rope"), schedule.start.get("anneal-iters")
+    way = schedule.start.get("from-rope")
+    gradual = {name: value for name, value in schedule.start.items() if name.startswith("anneal-")}
     from_rope = source.args.position_embedding_type in ROPE_TYPES
     if number == 1 and from_rope and way is None:
         raise UserError(
@@ -223,11 +224,11 @@ def _start_words(schedule: Schedule, number: int, source: Source, args: Any) -> 
         )
     if number == 1 and not from_rope and way is not None:
         raise UserError(f"[start] from-rope is {way!r}, but {source.where} is no RoPE model; leave it out")
-    if iterations is not None and way != "function-preserving":
-        raise UserError("[start] anneal-iters is given; requires from-rope = 'function-preserving'")
+    if gradual and way != "function-preserving":
+        raise UserError(f"[start] {next(iter(gradual))} is given; requires from-rope = 'function-preserving'")
     words = [START_FROM_ROPE, way] if from_rope and way is not None else [GROW]
-    if from_rope and iterations is not None:
-        words += [flag("anneal_iters"), str(iterations)]
+    if from_rope:
+        words += [word for name, value in gradual.items() for word in (f"--fope-{name}", str(value))]
     if way == "clip-only" and not from_rope:
         implied = argparse.Namespace(**{**vars(args), "fope_start_from_rope": way})
         settings = fope_config_from_args(implied)

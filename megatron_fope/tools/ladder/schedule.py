@@ -9,7 +9,7 @@
     [start]
     checkpoint = "checkpoints/base"    # what the first stage continues, RoPE or FoPE
     from-rope = "immediate"            # a value of --fope-start-from-rope, for a RoPE checkpoint
-    # anneal-iters = 500               # with from-rope = "function-preserving"
+    # anneal-iters = 500               # with from-rope = "function-preserving"; anneal-order and others, too
     # Only needed where the checkpoint cannot be read, and compared with it where it can:
     # position-embedding-type = "rope"
     # seq-length = 4096
@@ -52,6 +52,15 @@ REQUIRED = (
 )
 """Flags that every stage needs, its own or those of ``[megatron]``."""
 
+ANNEAL = {
+    "anneal-iters": int,
+    "anneal-order": str,
+    "anneal-clip": str,
+    "anneal-padding": str,
+    "anneal-series": str,
+}
+"""Keys of ``[start]`` that are flags of a gradual start, with their types."""
+
 OWNED = {
     "load": "the folder of the stage",
     "save": "the folder of the stage",
@@ -62,7 +71,7 @@ OWNED = {
     "max-position-embeddings": "seq-length",
     "fope-train-length": "seq-length",
     "fope-start-from-rope": "[start] from-rope",
-    "fope-anneal-iters": "[start] anneal-iters",
+    **{f"fope-{name}": f"[start] {name}" for name in ANNEAL},
     "fope-grow": "what the stage needs",
     "fope-change-rotary-base": "what the stage needs",
 }
@@ -72,7 +81,7 @@ _TOP = {"launcher": list, "gpus": int, "save": str, "start": dict, "megatron": d
 _START = {
     "checkpoint": str,
     "from-rope": str,
-    "anneal-iters": int,
+    **ANNEAL,
     "position-embedding-type": str,
     "seq-length": int,
     "rotary-base": (int, float),
