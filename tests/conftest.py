@@ -11,6 +11,9 @@ from ranks import fork_server, pytest_runtest_protocol  # noqa: F401
 from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
 from trainer import Trainer
 
+collect_ignore = ["serving"]
+"""Tests that need environments of their own; make targets name their files."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that launch come first: the short ones then fill the gaps that are left between the processes."""

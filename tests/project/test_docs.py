@@ -195,7 +195,9 @@ def test_workflows_make_what_the_makefile_has() -> None:
             make, *words = command.replace("${{ matrix.target }}", " ".join(_matrix(job, "target"))).split()
             assert make == "make"
             asked |= {word for word in words if "=" not in word}
-    assert asked == {"docs", "lint", "test", "test-fast", "test-newest"} and asked <= targets
+    beside = {path.stem for path in (ROOT / ".ci" / "extra").glob("*.txt")}
+    assert asked == {"docs", "lint", "test", "test-fast", "test-newest"} | {f"test-{name}" for name in beside}
+    assert asked <= targets
 
 
 def test_workflows_cover_the_supported_versions() -> None:
