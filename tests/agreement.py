@@ -44,15 +44,20 @@ def table(rows: str) -> str:
         "| direction | model | ranks | " + " | ".join(f"transformers {v}" for v in versions) + " |",
         "|---|---|---|" + "---:|" * len(versions),
     ]
+    rows_of: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for (direction, family, layout), cells in found.items():
-        shown = []
-        for version in versions:
-            difference = cells.get(version)
-            shown.append(
-                "" if version not in cells else "the same bits" if difference is None else f"{difference:.1e}"
-            )
-        lines.append(f"| {direction} | {family} | {layout} | " + " | ".join(shown) + " |")
+        rows_of[direction, family, *(shown(cells, version) for version in versions)].append(layout)
+    for (direction, family, *values), layouts in rows_of.items():
+        lines.append(f"| {' | '.join([direction, family, ', '.join(layouts), *values])} |")
     return "\n".join(lines)
+
+
+def shown(cells: dict[str, float | None], version: str) -> str:
+    """One cell."""
+    if version not in cells:
+        return ""
+    difference = cells[version]
+    return "the same bits" if difference is None else f"{difference:.1e}" if difference else "0"
 
 
 if __name__ == "__main__":

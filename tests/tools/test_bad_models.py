@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -135,7 +136,7 @@ IMPORTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "base is infinite": ("hf", config(rope_parameters=None, rope_theta=math.inf), "its rope_theta is inf; a"),
     "base is small": ("hf", config(rope_parameters={"rope_theta": 0.5}), "its rope_theta is 0.5; allowed: n"),
     "base is huge": ("hf", config(rope_parameters={"rope_theta": 10**400}), "its rope_theta is 1000000"),
-    "scaling is a list": ("hf", config(rope_parameters=[1]), "its rope_parameters is [1]; requires an objec"),
+    "scaling is a list": ("hf", config(rope_parameters=[1]), "its rope_parameters is [1]; requires an"),
     "scaling without factor": (
         "hf", config(rope_parameters={"rope_type": "linear"}), "its factor is None; allowed: finite numbers",
     ),
@@ -196,13 +197,25 @@ def shortened(folder: Path, there: Path) -> list[object]:
     return [checkpoint]
 
 
+def quantised(folder: Path, there: Path) -> list[object]:
+    """A checkpoint whose table says that the embedding is float8."""
+    (checkpoint,) = copied(folder, there)
+    file = checkpoint / "release" / ".metadata"
+    table = pickle.loads(file.read_bytes())
+    entry = table.state_dict_metadata["embedding.word_embeddings.weight"]
+    entry.properties.dtype = torch.float8_e4m3fn
+    file.write_bytes(pickle.dumps(table))
+    return [checkpoint]
+
+
 EXPORTS: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "nothing there": (lambda f, t: [f / "none"], "no such folder"),
     "no checkpoint": (lambda f, t: [t / "hf"], "no latest_checkpointed_iteration.txt there"),
     "no such iteration": (lambda f, t: [t / "checkpoint", "--iteration", "3"], "there is no iteration 3"),
-    "negative iteration": (lambda f, t: [t / "checkpoint", "--iteration", "-3"], "--iteration is -3; allowe"),
+    "negative iteration": (lambda f, t: [t / "checkpoint", "--iteration", "-3"], "--iteration is -3;"),
     "file is short": (shortened, "fope_0.distcp"),
     "file is noise": (cut, "cannot be read ("),
+    "float8": (quantised, "weight is float8_e4m3fn; allowed: float32, bfloat16, float16"),
     "other family": (lambda f, t: llama(f, normalization="LayerNorm"), "--normalization LayerNorm; requires"),
     "half annealed": (
         lambda f, t: llama(
@@ -224,7 +237,7 @@ EXPORTS: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "no length": (lambda f, t: [t / "checkpoint", "--max-length", "0"], "--max-length is 0; allowed: whole"),
     "shards of nothing": (lambda f, t: [t / "checkpoint", "--shard-size", "x"], "--shard-size is 'x'; allow"),
     "negative shards": (lambda f, t: [t / "checkpoint", "--shard-size", "-5GB"], "--shard-size"),
-    "shards of zero": (lambda f, t: [t / "checkpoint", "--shard-size", "0GB"], "--shard-size is '0GB'; allo"),
+    "shards of zero": (lambda f, t: [t / "checkpoint", "--shard-size", "0GB"], "--shard-size is '0GB'; all"),
 }  # fmt: skip
 
 

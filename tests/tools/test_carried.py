@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,8 +17,10 @@ import transformers
 from safetensors.torch import load_file
 from small_models import change, make_models, write_tokenizer
 from synthetic import main
+from tqdm import tqdm
 
 from megatron_fope.checkpoint.reader import open_checkpoint
+from megatron_fope.tools.huggingface import exporting, importing
 from megatron_fope.tools.huggingface.exporting import export
 from megatron_fope.tools.huggingface.importing import import_model
 
@@ -103,6 +106,26 @@ def test_tokenizer_and_generation_go_both_ways(
     made = export(tmp_path / "checkpoint", tmp_path / "given", tokenizer=models_there / "tokenizer")
     assert SPECIAL.items() <= read(made.folder).items()
     assert read(made.folder, "generation_config.json")["eos_token_id"] == 59
+
+
+def test_progress_is_of_every_byte(
+    models_there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bars end at 100 %, padding of the vocabulary included; both commands count the same parameters."""
+    bars: list[Any] = []
+
+    class Bar(tqdm):
+        def __init__(self, **options: Any) -> None:
+            assert options.pop("disable") is None, "only where somebody looks at a terminal"
+            super().__init__(**options, disable=False, file=io.StringIO())
+            bars.append(self)
+
+    for module in (exporting, importing):
+        monkeypatch.setattr(module, "tqdm", Bar)
+    imported = import_model(models_there / "engine", tmp_path / "checkpoint")
+    exported = export(imported.folder, tmp_path / "engine", format="engine")
+    assert len(bars) == 2 and all(bar.n == bar.total > 0 for bar in bars)
+    assert imported.num_parameters == exported.num_parameters and imported.added_rows == 128 - 60
 
 
 @pytest.mark.parametrize("layout", ["hf", "engine"])

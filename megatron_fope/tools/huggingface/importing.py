@@ -117,7 +117,7 @@ def import_model(
     return Imported(
         folder=target,
         architecture=(config.get("architectures") or [family.architecture])[0],
-        num_parameters=sum(part.numel for part in wanted),
+        num_parameters=files.count({source for part in wanted for source in part.sources}),
         flags=flags,
         vocab_size=vocab_size,
         added_rows=args.padded_vocab_size - vocab_size,
@@ -219,6 +219,10 @@ class _Files:
             raise UserError(f"{self._where}: {name} has the type {kind}; allowed: {', '.join(_FLOATS)}")
         return _FLOATS[kind]
 
+    def count(self, names: Iterable[str]) -> int:
+        """Numbers in some of the tensors."""
+        return sum(torch.Size(self._tensors[name][1]).numel() for name in names)
+
     def read(self, name: str) -> Tensor:
         from safetensors import safe_open
 
@@ -250,12 +254,9 @@ class _Wanted:
     """Of the piece, zeros behind what is stored; 0: as many as are stored."""
 
     @property
-    def numel(self) -> int:
-        return torch.Size(self.size).numel()
-
-    @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        rows, *columns = self.size
+        return torch.Size((self.rows or rows, *columns)).numel() * self.dtype.itemsize
 
 
 def _outer_pieces(shape: Shape, vocab_size: int, args: Any, files: _Files) -> Iterator[_Wanted]:
