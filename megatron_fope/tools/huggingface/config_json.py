@@ -223,6 +223,7 @@ def fope_of(config: dict[str, Any], where: str) -> FoPEConfig:
     settings = stored.get("settings") if isinstance(stored, dict) else None
     kinds = get_type_hints(FoPEConfig)
     fields = {field.name: kinds[field.name] for field in dataclasses.fields(FoPEConfig)}
+    may_be_empty = {field.name for field in dataclasses.fields(FoPEConfig) if field.default == ""}
     if not isinstance(settings, dict) or not settings.keys() <= fields.keys():
         raise UserError(f"{where}: its config.json has no settings of FoPE that this version knows")
     if missing := fields.keys() - settings.keys():
@@ -233,7 +234,8 @@ def fope_of(config: dict[str, Any], where: str) -> FoPEConfig:
         value = settings[name]
         allowed = float | int if kind is float else kind
         is_bool = isinstance(value, bool)
-        if not isinstance(value, allowed) or is_bool != (kind is bool) or value == "" or _is_huge(value):
+        empty = value == "" and name not in may_be_empty
+        if not isinstance(value, allowed) or is_bool != (kind is bool) or empty or _is_huge(value):
             raise UserError(f"{where}: FoPE's {name} in its config.json is {value!r}; requires another value")
     try:
         fope = FoPEConfig.from_profile(**settings)
