@@ -29,20 +29,25 @@ def run_pretraining(
         datasets_provider: builds the datasets of the three splits.
         model_provider: builds one model chunk.
         forward_step: runs one micro-batch.
-        check_args: called with the parsed arguments; in 0.17 the providers must call it themselves.
+        check_args: called with the parsed arguments, before a model is built.
         builder_config: Megatron's own description of the model for the parsed arguments, or None.
         args_defaults: defaults for arguments that have none.
         options: further keyword arguments of ``pretrain``.
     """
     from megatron.core.enums import ModelType
-    from megatron.training import arguments
+    from megatron.training import arguments, get_args
 
     model_type = ModelType.encoder_or_decoder
     parse = getattr(arguments, "parse_and_validate_args", None)
     if parse is None:
+
+        def checked_model_provider(*given: Any, **named: Any) -> Any:
+            check_args(get_args())
+            return model_provider(*given, **named)
+
         pretrain(
             datasets_provider,
-            model_provider,
+            checked_model_provider,
             model_type,
             forward_step,
             args_defaults=args_defaults,

@@ -216,7 +216,11 @@ def fused_attention(
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         documents = [
             scaled_dot_product_attention(
-                *(tensor[:, :, start:end] for tensor in (query, key, value)), is_causal=True, scale=scale
+                query[:, :, start:end],
+                key[:, :, start:end],
+                value[:, :, start:end],
+                is_causal=True,
+                scale=scale,
             )
             for start, end in itertools.pairwise(bounds)
             if start < end

@@ -99,7 +99,11 @@ def _train(argv: list[str], cpu: bool) -> None:
     from megatron_fope.training import launch
 
     if argv[0] == "pretrain":
-        launch.run_pretraining([a for a in argv[1:] if a != "--cpu"], cpu=cpu or "--cpu" in argv)
+        from megatron_fope.tools.planning.host import check_host_memory
+
+        cpu = cpu or "--cpu" in argv
+        words = [word for word in argv[1:] if word != "--cpu"]
+        launch.run_pretraining(words, cpu=cpu, check=check_host_memory if cpu else None)
     else:
         launch.run_script(argv[0], argv[1:], cpu=cpu)
 

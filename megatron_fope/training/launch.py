@@ -6,7 +6,9 @@ import os
 import runpy
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_fope.common.errors import UserError
 
@@ -32,12 +34,15 @@ def run_script(path: str, arguments: list[str], *, cpu: bool = False) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
-def run_pretraining(arguments: list[str], *, cpu: bool = False) -> None:
+def run_pretraining(
+    arguments: list[str], *, cpu: bool = False, check: Callable[[Any], None] | None = None
+) -> None:
     """GPT pre-training from the ``megatron-core`` wheel alone, with FoPE registered.
 
     Args:
         arguments: Megatron's arguments.
         cpu: train on the CPU with gloo.
+        check: called with Megatron's arguments, as its parser makes them, before a model is built.
 
     Raises:
         UserError: there is no GPU and ``cpu`` is not given.
@@ -46,7 +51,7 @@ def run_pretraining(arguments: list[str], *, cpu: bool = False) -> None:
     prepare(cpu=cpu)
     from megatron_fope.training import pretrain
 
-    pretrain.main()
+    pretrain.main(check)
 
 
 def prepare(*, cpu: bool, built_in: bool = True) -> None:

@@ -106,12 +106,21 @@ def forward_step(
     return output, partial(loss_func, batch["loss_mask"], model=model)
 
 
-def main() -> None:
+def main(check: Callable[[Any], None] | None = None) -> None:
     """Pre-train a model as Megatron's flags on the command line say.
+
+    Args:
+        check: called with Megatron's arguments before a model is built.
 
     Raises:
         UserError: a flag is not part of the built-in pre-training.
     """
+
+    def check_all(args: Any) -> None:
+        check_args(args)
+        if check is not None:
+            check(args)
+
     now = time.time()
     set_startup_timestamps(program_start=now, main_entry=now)
     compat.repair_checkpoint_metadata_reader()
@@ -121,7 +130,7 @@ def main() -> None:
         datasets_provider=datasets_provider,
         model_provider=model_provider,
         forward_step=forward_step,
-        check_args=check_args,
+        check_args=check_all,
         builder_config=builder_config,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
         store=store,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shlex
@@ -18,6 +19,7 @@ from launch import ROOT, TINY_MODEL
 from megatron_fope.arguments.layout import Layout, check_layout
 from megatron_fope.common.errors import UserError
 from megatron_fope.tools.cli import main
+from megatron_fope.tools.planning import host
 from megatron_fope.tools.planning.activations import activations, in_flight
 from megatron_fope.tools.planning.cluster import Cluster
 from megatron_fope.tools.planning.communication import communication, cp_bytes
@@ -120,12 +122,13 @@ KEEPING = {
     "gated": (1, _SELECTIVE + _GATED),
     "gated, TP": (2, _SELECTIVE + _GATED + "--tensor-model-parallel-size 2 --sequence-parallel"),
     "experts": (1, _SELECTIVE + _GATED + _EXPERTS),
+    "not recomputed": (1, _LONGER),
     "layers recomputed": (
         1,
         _LONGER + "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
     ),
 }
-"""The CPU's attention keeps scores; recomputed, it keeps what a flash kernel keeps."""
+"""Megatron's attention keeps scores; recomputed, it keeps what a flash kernel keeps."""
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +300,62 @@ def test_mask_of_the_data_loader(parse: Any, capsys: pytest.CaptureFixture[str])
     assert with_it.inputs - without.inputs == 8192**2 and with_it.kept == without.kept
     main(["plan", "--gpus", "64", "--gpu", "h100", "--", *masked, "--transformer-impl", "local"])
     text = capsys.readouterr().out
-    assert "--no-create-attention-mask-in-dataloader" in text and "NOT counted" in text
+    assert "--no-create-attention-mask-in-dataloader" in text and "S x S scores in every layer" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "grows"),
+    [
+        ("", 2),
+        ("--attention-backend unfused", 4),
+        ("--attention-dropout 0.1", 4),
+    ],
+)
+def test_memory_of_a_cpu(parse: Any, flags: str, grows: int) -> None:
+    """Attention that is not fused makes a long sequence take the square."""
+    common = (
+        "--transformer-impl local --no-create-attention-mask-in-dataloader --attention-backend auto "
+        "--max-position-embeddings 16384"
+    )
+    sizes = [
+        read_training_kept(parse(TINY, common, flags, f"--seq-length {length}")) for length in (8192, 16384)
+    ]
+    assert sizes[1] / sizes[0] == pytest.approx(grows, rel=0.1)
+
+
+def read_training_kept(args: Any) -> float:
+    """Bytes that a run on the CPU keeps, without what does not depend on the length."""
+    short = copy.copy(args)
+    short.seq_length = 64
+    return host.host_bytes(args) - host.host_bytes(short)
+
+
+def test_cpu_runs_that_do_not_fit(
+    parse: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = parse(TINY, "--transformer-impl local --no-create-attention-mask-in-dataloader")
+    needed = host.host_bytes(args)
+    memory = {"total": needed + 1, "free": needed + 1}
+    monkeypatch.setattr(host, "host_memory", lambda: tuple(memory.values()))
+    host.check_host_memory(args)
+    assert capsys.readouterr().out == ""
+    memory["free"] = needed - 1
+    host.check_host_memory(args)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("> CPU runtime: warning: --seq-length 64 with --micro-batch-size 2 takes about")
+    memory["total"] = needed - 1
+    with pytest.raises(UserError, match=r"on this machine \(1 rank\), which has"):
+        host.check_host_memory(args)
+    args.mtp_num_layers = 1
+    host.check_host_memory(args)  # not known, so nothing is said
+
+
+@pytest.mark.launch
+def test_cpu_run_that_does_not_fit_does_not_start(launcher: Launcher, tmp_path: Path) -> None:
+    flags = ["--seq-length", "1000000000", "--max-position-embeddings", "1000000000"]
+    code, log = launcher.run(1, ["--cpu", "pretrain", *TINY, *flags], tmp_path / "log")
+    (line,) = [line for line in log.splitlines() if line.startswith("megatron-fope: error: ")]
+    assert code == 2 and "--seq-length 1000000000" in line and "building GPT model" not in log
 
 
 def test_order_and_verdict(parse: Any) -> None:
@@ -387,6 +445,7 @@ def test_bad_clusters_are_refused_before_torch_is_imported() -> None:
     code = f"""
 import sys
 from megatron_fope.tools.cli import main
+from megatron_fope.tools.planning import host
 for words in {
         [
             ["plan", *text.split(), *([] if text == CLUSTER else ["--", "--swiglu"])]

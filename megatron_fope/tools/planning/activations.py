@@ -1,14 +1,16 @@
 """Bytes that one rank keeps from a forward pass for the backward pass, and what it works with.
 
 The attention is taken to be a flash kernel, which keeps queries, keys, values, its output and one float32 per
-query and head. What each module keeps, in bytes per token of the rank, with ``e`` bytes per number, ``h`` the
-hidden size, ``q`` and ``k`` the query and KV channels of the rank, ``f`` its share of the MLP's width:
+query and head; where the flags choose another one, its scores come on top. What each module keeps, in bytes
+per token of the rank, with ``e`` bytes per number, ``h`` the hidden size, ``q`` and ``k`` the query and KV
+channels of the rank, ``f`` its share of the MLP's width:
 
 =================== ==================================================================================
 norms               ``4 e h`` (input and output of both), cut by sequence parallelism
 query, key, value   ``e (q + 2 k)``: one buffer, of which the value stays a part
 rotated             ``e (q + k)``
 attention           ``e q + 4`` per head
+not a flash kernel  ``e`` for every key of the sequence and head, with dropout ``3 e``
 MLP                 ``e f`` for its second matrix, ``e f`` or with a gate ``2 e f`` for the activation; a
                     gated one that is not fused keeps ``2 e f`` more
 experts             the same for every token sent to the rank's experts, ``e h`` for each of them, with an
@@ -58,6 +60,8 @@ def activations(model: Model, training: Training, layout: Layout, stage: int) ->
     widths = [model.top_k * model.expert_ffn / cut if moe else model.ffn / layout.tp for moe in whole]
     # Gradients of an MLP's two hidden tensors, and the input that sequence parallelism gathers.
     working = numbers * tokens * ((model.gate + 1) * max(widths) + model.hidden)
+    if not training.flash:  # Megatron's buffer, and the gradients of scores and probabilities
+        working += 3 * _scores(model, training, layout)
     if training.recompute == "full":
         saved = border / layout.tp if training.distribute_saved and cut == 1 else border
         at_once = training.recompute_layers if training.recompute_method == "uniform" else 1
@@ -107,6 +111,8 @@ def layer_bytes(model: Model, training: Training, layout: Layout, *, moe: bool) 
     kept += tokens * numbers * (query + 2 * key + query)
     if "core_attn" not in modules:
         kept += tokens * 4 * heads
+        if not training.flash:
+            kept += (3 if training.attention_dropout else 1) * _scores(model, training, layout)
     if model.rotary:
         kept += tokens * numbers * (query + key)
     if training.hidden_dropout:
@@ -127,6 +133,12 @@ def layer_bytes(model: Model, training: Training, layout: Layout, *, moe: bool) 
     if model.shared_ffn and "shared_experts" not in modules:
         kept += _hidden(model.shared_ffn / tp, model.gate, hidden, tokens, numbers)
     return kept
+
+
+def _scores(model: Model, training: Training, layout: Layout) -> float:
+    """One number for every query, key and head of the rank."""
+    tokens = training.micro_batch * training.seq_length / layout.cp
+    return training.parameter * tokens * training.seq_length * model.heads / layout.tp
 
 
 def _hidden(width: float, gate: int, activation: int, tokens: float, numbers: int) -> float:

@@ -142,6 +142,7 @@ class Training:
     """"uniform" or "block"; for "full"."""
     recompute_layers: int
     distribute_saved: bool
+    attention_dropout: bool
     hidden_dropout: bool
     fused_activation: bool
     """The MLP's activation keeps nothing but its input."""
@@ -150,7 +151,7 @@ class Training:
     mask: bool
     """The data loader makes a mask of S x S bytes for every sample."""
     flash: bool
-    """Attention that keeps no S x S scores; without, they are not counted."""
+    """Attention that keeps no S x S scores."""
     cp_comm_types: tuple[str, ...]
     """Of one layer each."""
     hierarchical: tuple[int, ...]
@@ -235,6 +236,7 @@ def read_training(args: Any) -> Training:
         recompute_method=args.recompute_method or "uniform",
         recompute_layers=args.recompute_num_layers or 1,
         distribute_saved=bool(args.distribute_saved_activations),
+        attention_dropout=args.attention_dropout > 0,
         hidden_dropout=args.hidden_dropout > 0,
         fused_activation=bool(args.bias_swiglu_fusion if args.swiglu else args.bias_gelu_fusion),
         loss_in_place=bool(args.cross_entropy_loss_fusion)

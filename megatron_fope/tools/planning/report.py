@@ -37,9 +37,7 @@ def render(plan: Plan, show: int = 5) -> str:
         lines += _own(plan, plan.own)
     lines += ["", *_search(plan, show), "", *LEFT_OUT]
     if not training.flash:
-        lines.append(
-            "Your flags choose attention that keeps S x S scores in every layer: they are NOT counted."
-        )
+        lines.append("Your flags choose attention that keeps S x S scores in every layer: they are counted.")
     if training.mask:
         lines.append(
             "The data loader makes a mask of S x S bytes for every sample, which flash attention does not "
