@@ -59,6 +59,9 @@ _HELP: dict[str, str] = {
     "start. Default: all.",
     "anneal_padding": "In which of them the padding comes in: FIRST:LAST. Default: all.",
     "anneal_series": "In which of them the series come in: FIRST:LAST. Default: all.",
+    "fold_padding": "When a RoPE checkpoint, or one of --fope-pad-value 0,1, is loaded, divide the query and "
+    "key weights of pairs without a series by the square root of 2: 1,1 is then the function of 0,1. Needs "
+    "--no-load-optim or --finetune. Without effect on a checkpoint of 1,1.",
     "floor_ratio": "Multiplies the clipping floor 2 pi / L: 2 drops everything below two cycles in L, 0 "
     "nothing.",
     "num_inv_freq": "Keep exactly the first so many frequencies and ignore the floor. Default: by the floor.",
@@ -177,7 +180,8 @@ def fope_config_from_args(args: Any) -> FoPEConfig:
     profile = given.pop("profile", "paper")
     train_length = given.pop("train_length", args.seq_length)
     if getattr(args, "fope_start_from_rope", None) == "clip-only":
-        given = _CLIP_ONLY | given
+        folded = {"pad_value": "1,1"} if given.get("fold_padding") else {}
+        given = _CLIP_ONLY | folded | given
     if "scaling" not in given and _scales_rope(args):
         from megatron_fope.arguments.rope import scaling_of  # imports Megatron
 
@@ -386,7 +390,7 @@ def check_start_flags(args: Any) -> None:
     iterations = given.get("anneal_iters", 0)
     if start == "function-preserving" and iterations < 1:
         raise UserError(f"{flag('anneal_iters')} is {iterations}; {START_FROM_ROPE} {start} needs at least 1")
-    for name in FoPEConfig.START if start != "function-preserving" else ():
+    for name in FoPEConfig.START - {"fold_padding"} if start != "function-preserving" else ():
         default = FoPEConfig.__dataclass_fields__[name].default
         if given.get(name, default) != default:
             raise UserError(f"{flag(name)} is {given[name]}; requires {START_FROM_ROPE} function-preserving")

@@ -69,6 +69,8 @@ def adopt_checkpoint_arguments(
         if stored is None or field.name in FoPEConfig.RUN_ONLY:
             continue
         value = given.get(field.name, stored)
+        if given.get("fold_padding") and field.name in ("fold_padding", "pad_value"):
+            continue  # decided when the checkpoint is loaded
         if growing and field.name in given:
             continue  # what may grow is checked when the checkpoint is loaded
         if value != stored and field.name == "learnable" and args.finetune:

@@ -30,11 +30,22 @@ def start_effect(way: str, geometry: Geometry) -> str:
     if not geometry.num_clipped and geometry.d_out == geometry.head_dim // 2:
         return f"{way} clips nothing here; only the noise of the series changes what the model computes"
     pad = config.pad_value if config.drop_clipped else "0,1"  # frequencies of zero turn nothing
+    if config.fold_padding:
+        pad = "0,1"  # which it is the function of
     near = _MEASURED[geometry.d_out >= geometry.d_in, pad]
     return (
         f"{way} changes what a trained model computes: with settings like these the loss of SmolLM2-135M "
         f"went from {near} in windows of 2048 tokens, and by the clip alone from {_FAR} at positions 4k to "
         f"8k; --fope-start-from-rope function-preserving does not jump ({PAGE})"
+    )
+
+
+def describe_folding(geometry: Geometry) -> str:
+    """What folding the padding did to the weights, in one line."""
+    half = geometry.head_dim // 2
+    return (
+        f"the padding is folded: query and key weights of {half - geometry.d_out} of {half} channel pairs "
+        "are divided by the square root of 2, so that padding 1,1 is the function of 0,1"
     )
 
 

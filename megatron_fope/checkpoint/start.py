@@ -23,7 +23,8 @@ from megatron_fope.arguments.flags import (
 )
 from megatron_fope.arguments.megatron import dashes, head_dim_of, num_kv_heads_of
 from megatron_fope.arguments.rope import ROPE_TYPES, Scalable, check_same_rope
-from megatron_fope.checkpoint.effect import describe_scaling, start_effect
+from megatron_fope.checkpoint.effect import describe_folding, describe_scaling, start_effect
+from megatron_fope.checkpoint.folding import check_folding
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula.config import FoPEConfig, flag
 from megatron_fope.formula.geometry import Geometry
@@ -69,7 +70,14 @@ def decide(args: Any, stored: Any, folder: Any, *, iteration: int = 0, release: 
     if asked != FOPE:
         return None
     grows = getattr(args, "fope_grow", None) and position_type_of(stored) == FOPE
-    kind = FromRope if from_rope else Grow if grows and changed_settings(args, stored) else Resume
+    kind: type[Start] = Resume
+    if from_rope:
+        kind = FromRope
+    elif grows and changed_settings(args, stored):
+        kind = Grow
+    elif getattr(args, "fope_fold_padding", None):
+        unfolded = fope_config_of_checkpoint(stored, args).pad_value != fope_config_from_args(args).pad_value
+        kind = FoldPadding if unfolded else Resume
     return kind(args, stored, f"the checkpoint in {folder}", iteration, release)
 
 
@@ -127,6 +135,11 @@ class Start:
         """The run's settings."""
         return fope_config_from_args(self.args)
 
+    @property
+    def geometry(self) -> Geometry:
+        """The numbers that follow from them."""
+        return Geometry(self.config, head_dim_of(self.args))
+
     @cached_property
     def stored_config(self) -> FoPEConfig:
         """The settings of a checkpoint of FoPE."""
@@ -168,8 +181,9 @@ class Start:
 
     def notes(self, folder: Any) -> Iterator[str]:
         """What the flags about a start have done, one line each."""
-        flags = [getattr(self.args, f"fope_{name}", None) for name in ("start_from_rope", "grow")]
-        if not any((*flags, getattr(self.args, "fope_anneal_iters", None))):
+        names = ("start_from_rope", "grow", "anneal_iters", "fold_padding")
+        flags = [getattr(self.args, f"fope_{name}", None) for name in names]
+        if not any(flags):
             return  # nothing to say, and a program's own arguments may lack what the settings need
         total = self.config.anneal_iters
         weight = anneal.current_weight(total)
@@ -199,9 +213,17 @@ class Start:
                 continue
             value, stored = getattr(self.args, name), getattr(self.stored, name)
             if name == "no_rope_freq":
-                value, stored = (_unrotated(of, self.args.num_layers) for of in (value, stored))
+                value, stored = (unrotated(of, self.args.num_layers) for of in (value, stored))
             if value != stored:
                 refuse_difference(f"--{dashes(name)}", value, stored, self.where)
+
+    def _refuse_half_annealed(self) -> None:
+        if not anneal.is_annealed(self.stored, self.iteration):
+            done = anneal.annealed_iterations(self.stored, self.iteration)
+            raise UserError(
+                f"{self.where} holds a model whose start from RoPE is at {done} of "
+                f"{self.stored_config.anneal_iters} iterations; finish it first"
+            )
 
     def _check_base(self) -> None:
         base, stored = self.args.rotary_base, getattr(self.stored, "rotary_base", None)
@@ -227,9 +249,13 @@ class Start:
 class Resume(Start):
     """A FoPE model goes on with the settings that it has; the coefficients come from the file."""
 
+    accepted: ClassVar[frozenset[str]] = frozenset()
+    """Settings that may differ."""
+
     def check_settings(self) -> None:
         config, stored = self.config, self.stored_config
         differences = config.differences(stored)
+        differences = {name: both for name, both in differences.items() if name not in self.accepted}
         if self.args.finetune:
             differences.pop(
                 "learnable", None
@@ -253,6 +279,25 @@ class Resume(Start):
             yield f"{GROW} has no effect: {folder} has train length {self.config.train_length} already"
 
 
+class FoldPadding(Resume):
+    """A FoPE model with padding 0,1 becomes the same function with padding 1,1, while it is loaded."""
+
+    accepted = frozenset({"pad_value", "fold_padding"})
+
+    def check_settings(self) -> None:
+        self._refuse_half_annealed()
+        super().check_settings()
+        check_folding(self.args, self.stored, self.geometry, self.where, release=self.release)
+
+    def loaded(self, value: Any) -> Any:
+        from megatron_fope.layers.embedding import ToFold
+
+        return ToFold(value)
+
+    def _notes(self, folder: Any, base: float) -> Iterator[str]:
+        yield describe_folding(self.geometry)
+
+
 class FromRope(Start):
     """A RoPE model becomes FoPE: everything but the coefficients, which are fresh, comes from the file."""
 
@@ -268,6 +313,8 @@ class FromRope(Start):
                 f"--load-main-params-from-ckpt is given, but {self.where} has no learnable coefficients; "
                 "leave it out"
             )
+        if self.config.fold_padding:
+            check_folding(args, self.stored, self.geometry, self.where, release=self.release)
 
     @property
     def way(self) -> str:
@@ -301,11 +348,10 @@ class FromRope(Start):
         return None
 
     def loaded(self, value: Any) -> Any:
-        from megatron_fope.layers.embedding import (
-            KEEP_INITIAL,
-        )  # imports Megatron, which other commands need not
+        # Imports Megatron, which other commands need not.
+        from megatron_fope.layers.embedding import KEEP_INITIAL, ToFold
 
-        return KEEP_INITIAL
+        return ToFold(KEEP_INITIAL) if self.config.fold_padding else KEEP_INITIAL
 
     def _notes(self, folder: Any, base: float) -> Iterator[str]:
         changed = "" if base == self.config.rotary_base else f" with --rotary-base {base}"
@@ -314,15 +360,17 @@ class FromRope(Start):
             "everything else is loaded from it"
         )
         yield self.effect()
+        if self.config.fold_padding:
+            yield describe_folding(self.geometry)
         if getattr(self.args, "fope_grow", None):
             yield f"{GROW} has no effect: {folder} is a RoPE model"
 
     def effect(self) -> str:
         """What the start does to the function of a trained model, in one line."""
-        config, geometry = self.config, Geometry(self.config, head_dim_of(self.args))
+        config = self.config
         if self.way != "function-preserving":
             scaled = "" if self.same_rope else f"; its frequencies are scaled by {describe_scaling(config)}"
-            return start_effect(self.way, geometry) + scaled
+            return start_effect(self.way, self.geometry) + scaled
         if self.same_rope:
             return "the start preserves the function: the first loss is the checkpoint's own"
         return (
@@ -347,12 +395,7 @@ class Grow(Start):
     def check_model(self) -> None:
         """Refuse growth that is not possible."""
         check_growth(self.stored_config, self.config, self.where)
-        if not anneal.is_annealed(self.stored, self.iteration):
-            done = anneal.annealed_iterations(self.stored, self.iteration)
-            raise UserError(
-                f"{self.where} holds a model whose start from RoPE is at {done} of "
-                f"{self.stored_config.anneal_iters} iterations; finish it first"
-            )
+        self._refuse_half_annealed()
 
     def requested(self, tensor: Any) -> Any:
         matrix = Geometry(self.stored_config, head_dim_of(self.args)).coefficient_shape[1:]
@@ -384,10 +427,11 @@ def _schedule(config: FoPEConfig) -> str:
     fields = [field for field in dataclasses.fields(config) if field.name in FoPEConfig.START]
     values = {flag(field.name): getattr(config, field.name) for field in fields}
     defaults = {flag(field.name): field.default for field in fields}
-    return " ".join(f"{name} {value}" for name, value in values.items() if value != defaults[name])
+    given = {name: value for name, value in values.items() if value != defaults[name]}
+    return " ".join(name if value is True else f"{name} {value}" for name, value in given.items())
 
 
-def _unrotated(no_rope_freq: int | list[int] | None, num_layers: int | None) -> int | list[int] | None:
+def unrotated(no_rope_freq: int | list[int] | None, num_layers: int | None) -> int | list[int] | None:
     """1 for every layer without positions, as Megatron expands ``--no-rope-freq``."""
     if isinstance(no_rope_freq, int) and num_layers:
         return [int((layer + 1) % no_rope_freq == 0) for layer in range(num_layers)]

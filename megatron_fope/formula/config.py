@@ -131,6 +131,8 @@ class FoPEConfig:
     """When the padding comes in, the same way."""
     anneal_series: str = ""
     """When the series come in, the same way."""
+    fold_padding: bool = False
+    """The padding's factor was divided out of the weights (:mod:`megatron_fope.formula.folding`)."""
     learnable: bool = False
     """Train the coefficients. The paper and all published models keep them frozen."""
     pad_value: str = "1,1"
@@ -157,7 +159,10 @@ class FoPEConfig:
     RUN_ONLY: ClassVar[frozenset[str]] = frozenset({"backend"})
     """Fields that belong to a run and not to the model; a checkpoint's are not looked at."""
     START: ClassVar[frozenset[str]] = frozenset(
-        {"anneal_iters", "anneal_order", "anneal_clip", "anneal_padding", "anneal_series"}
+        {
+            *("anneal_iters", "anneal_order", "anneal_clip", "anneal_padding", "anneal_series"),
+            "fold_padding",
+        }
     )
     """Fields about the way from RoPE; without effect once a model has come to its end."""
 
@@ -194,6 +199,12 @@ class FoPEConfig:
         return {k: (mine[k], theirs[k]) for k in mine if k not in ignored and mine[k] != theirs[k]}
 
     @property
+    def arrived(self) -> FoPEConfig:
+        """The plain FoPE model, without the way it came from RoPE."""
+        fields = [field for field in dataclasses.fields(self) if field.name in self.START]
+        return dataclasses.replace(self, **{field.name: field.default for field in fields})
+
+    @property
     def pad(self) -> tuple[float, float]:
         """(sin, cos) of channel pairs without a series, before :attr:`attention_scaling`."""
         return PAD_VALUES[self.pad_value]
@@ -228,6 +239,8 @@ class FoPEConfig:
         even = 0 <= self.basis_dim <= WIDEST and self.basis_dim % 2 == 0
         require("basis_dim", even, f"even numbers from 0 to {WIDEST}")
         require("attention_scaling", self.attention_scaling > 0, "> 0")
+        if self.fold_padding:
+            require("pad_value", self.pad_value == "1,1", "1,1 with --fope-fold-padding")
         if self.scaling in ("linear", "yarn", "llama3"):
             require("scaling_factor", self.scaling_factor >= 1, "at least 1")
         if self.scaling in ("pi", "yarn", "llama3"):

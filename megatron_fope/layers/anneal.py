@@ -40,6 +40,7 @@ from torch import Tensor
 from megatron_fope.common.log import announce
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.folding import FACTOR
 from megatron_fope.formula.geometry import Geometry, effective_coefficients, rotary_frequencies
 from megatron_fope.formula.schedule import Schedule
 from megatron_fope.layers.precision import KeepsDtype
@@ -170,7 +171,7 @@ class Interpolation(KeepsDtype):
 
     inv_freq: Tensor
     weights: Tensor
-    """``[3, head_dim / 2]`` float32: FoPE's share in every pair, and the constants of sin and of cos."""
+    """``[4, head_dim / 2]`` float32, by pair: of FoPE, of RoPE, and the constants of sin and of cos."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
@@ -207,16 +208,21 @@ class Interpolation(KeepsDtype):
             self._written = step
 
     def _weights(self, step: int) -> Tensor:
-        leaving, padded = self.geometry.leaving, self.num_pairs - self.geometry.d_out
+        leaving = self.geometry.leaving
         now = self.schedule.weights(step, len(leaving))
         # Whole numbers first: deepspeed.zero.Init rounds new floating tensors to the training dtype.
-        weights = torch.zeros(3, self.num_pairs, dtype=torch.int32, device="cpu").float()
+        weights = torch.zeros(4, self.num_pairs, dtype=torch.int32, device="cpu").float()
+        factor, pairs = self.fope.attention_scaling, slice(self.geometry.d_out, None)
         weights[0] = now.series
         weights[0, leaving.start :] = now.clip
-        clip, factor = weights[0, self.num_pairs - padded :], self.fope.attention_scaling
-        constants = [factor * (clip * rest + now.padding * (pad - rest))
-                     for rest, pad in zip((0.0, 1.0), self.fope.pad, strict=True)]  # fmt: skip
-        weights[1:] = F.pad(torch.stack(constants), (self.num_pairs - padded, 0))
+        weights[1] = factor * (1.0 - weights[0])
+        none = (0.0, 1.0)
+        if self.fope.fold_padding:
+            # Folded weights make these pairs shorter; what is RoPE's, or none, is longer by as much.
+            weights[1, pairs] /= FACTOR
+            none = self.fope.pad
+        for row, pad, rest in zip(weights[2:], self.fope.pad, none, strict=True):
+            row[pairs] = factor * (weights[0, pairs] * rest + now.padding * (pad - rest))
         return weights
 
     def basis(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,14 +238,13 @@ class Interpolation(KeepsDtype):
         """
         sin_coef, cos_coef = effective_coefficients(self.fope, coefficients)
         # No count of writes, as for frozen coefficients in FourierEmbedding.
-        share, sin_constant, cos_constant = self.weights.data
-        return {
-            "sin_coef": self._between(sin_coef, share, sin_constant),
-            "cos_coef": self._between(cos_coef, share, cos_constant),
-        }
+        of_fope, of_rope, sin_constant, cos_constant = self.weights.data
 
-    def _between(self, coefficients: Tensor, share: Tensor, constant: Tensor) -> Tensor:
-        heads, _, d_out = coefficients.shape
-        fope = F.pad(coefficients, (0, self.num_pairs - d_out)) * share
-        rope = torch.diag((1.0 - share) * self.fope.attention_scaling).expand(heads, -1, -1)
-        return torch.cat((rope.to(fope.dtype), fope, constant.to(fope.dtype).expand(heads, 1, -1)), dim=1)
+        def between(coefficients: Tensor, constant: Tensor) -> Tensor:
+            heads, _, d_out = coefficients.shape
+            fope = F.pad(coefficients, (0, self.num_pairs - d_out)) * of_fope
+            rope = torch.diag(of_rope).expand(heads, -1, -1)
+            constant = constant.expand(heads, 1, -1)
+            return torch.cat((rope.to(fope.dtype), fope, constant.to(fope.dtype)), dim=1)
+
+        return {"sin_coef": between(sin_coef, sin_constant), "cos_coef": between(cos_coef, cos_constant)}

@@ -15,6 +15,7 @@ from megatron_fope import compat
 from megatron_fope.common.errors import UserError
 from megatron_fope.formula import functional
 from megatron_fope.formula.config import FoPEConfig
+from megatron_fope.formula.folding import fold, fold_factors
 from megatron_fope.layers.embedding import FourierEmbedding
 from megatron_fope.layers.position_ids import follow_models, take_position_ids
 
@@ -71,6 +72,8 @@ class FoPEAttention(torch.nn.Module):
             **self._rotated_heads(config),
         )
 
+        self.register_load_state_dict_post_hook(_fold_if_asked)
+
     def _rotated_heads(self, config: Any) -> dict[str, int]:
         """Channels and number of the keys that are rotated, where they are not those of the config."""
         return {}
@@ -86,6 +89,27 @@ class FoPEAttention(torch.nn.Module):
             sequence_len_offset=call.get("sequence_len_offset"),
             position_ids=call.get("position_ids"),
         )
+
+
+def _fold_if_asked(attention: Any, _: Any) -> None:
+    """After a layer was loaded: the padding's factor goes into its weights, where a start asks for that."""
+    embedding = attention.fope
+    if not embedding.folds:
+        return
+    embedding.folds = False
+    if not attention.fope_rotates:
+        return
+    config, weights = attention.config, dict(attention.named_parameters())
+    geometry = embedding.geometry  # where there are fewer KV heads than ranks, the config has another number
+    for name, factors in fold_factors(config, geometry, geometry.num_kv_heads).items():
+        weight = weights.get(name)
+        if weight is None:
+            continue
+        rows = weight.size(0)
+        if rows != factors.numel():  # this rank's share
+            start = attention.pg_collection.tp.rank() * rows
+            factors = factors[start : start + rows]
+        weight.data.copy_(fold(name, weight.data, factors, config))
 
 
 class FoPESelfAttention(FoPEAttention, SelfAttention):

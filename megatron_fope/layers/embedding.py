@@ -45,6 +45,14 @@ class ToGrow:
     """Settings that ``value`` belongs to."""
 
 
+@dataclass(frozen=True)
+class ToFold:
+    """In place of a coefficient tensor in a state dict whose weights get the padding's factor folded in."""
+
+    value: Any
+    """What would stand there otherwise."""
+
+
 class FourierEmbedding(KeepsDtype, MegatronModule):
     """FoPE for one attention layer, under any tensor-parallel layout.
 
@@ -96,6 +104,8 @@ class FourierEmbedding(KeepsDtype, MegatronModule):
             else:
                 self.register_buffer(name, value)
         self.interpolation = Interpolation(self.geometry) if fope.anneal_iters else None
+        self.folds = False
+        """Whether the weights that are being loaded get the padding's factor."""
 
     def initial_tensors(self) -> dict[str, Tensor]:
         """Frequencies and fresh coefficients."""
@@ -103,6 +113,9 @@ class FourierEmbedding(KeepsDtype, MegatronModule):
         return {"inv_freq": self.geometry.inv_freq, **coefficients}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for name in self.fope.coefficient_names:
+            if isinstance(entry := state_dict.get(prefix + name), ToFold):
+                state_dict[prefix + name], self.folds = entry.value, True
         self._grow(state_dict, prefix)
         for name in self.fope.coefficient_names:
             if state_dict.get(prefix + name) is KEEP_INITIAL:

@@ -26,6 +26,7 @@ from megatron_fope.checkpoint.reader import Checkpoint, is_optimizer, open_check
 from megatron_fope.tools.huggingface import exporting
 from megatron_fope.tools.huggingface.exporting import export
 from megatron_fope.tools.huggingface.importing import import_model
+from megatron_fope.tools.huggingface.settings import fope_settings
 
 CHECKS = ROOT / "tests" / "scripts" / "export_checks.py"
 OLDEST = "5.1.0"
@@ -171,6 +172,15 @@ def test_imported_again(cases: Path, tmp_path: Path) -> None:
                 else None
             )
             assert torch.equal(found[:rows], expected[:rows]), (name, key)
+
+
+def test_a_finished_start_leaves_no_trace(tmp_path: Path) -> None:
+    """An imported model would otherwise be at the beginning of it."""
+    came = {"anneal_iters": 4, "anneal_order": "slowest-first", "anneal_clip": "0:3", "fold_padding": True}
+    plain = FoPEConfig.from_profile(train_length=64)
+    fope = FoPEConfig.from_profile(train_length=64, **came)
+    source = llama(tmp_path / "checkpoint", **COMPLETE, fope=fope, fope_anneal_start=0)
+    assert fope_settings(open_checkpoint(source.folder, name="X"), "X") == plain
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,12 @@ def run_convert(args: argparse.Namespace) -> int:
     if done.effect:
         print(done.effect)
     for name, shape in done.coefficients.items():
-        print(f"coefficients {name} {list(shape)}")
+        print(f"{'weights' if name in done.folded else 'coefficients'} {name} {list(shape)}")
+    if done.folded:
+        print(
+            "the padding is folded into these weights, so that padding 1,1 is the function of 0,1; optimizer "
+            "states are left out: load with --no-load-optim or --finetune"
+        )
     how = {
         "hard": "hard links",
         "symbolic": "symbolic links",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_fope.arguments.megatron import train_length_of
-from megatron_fope.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_fope.checkpoint.reader import Checkpoint, is_optimizer, open_checkpoint
 from megatron_fope.common.errors import UserError
 from megatron_fope.common.staging import check_new_folder, leftovers
 from megatron_fope.tools.conversion import settings, writing
-from megatron_fope.tools.conversion.layers import attention_layers, new_parts
+from megatron_fope.tools.conversion.folding import folded_parts, folded_weights
+from megatron_fope.tools.conversion.layers import Part, attention_layers, new_parts
 
 
 @dataclass(kw_only=True)
@@ -26,6 +30,8 @@ class Conversion(writing.Written):
     train_length: tuple[int, int]
     """Before and after, in tokens; a RoPE model's is its ``seq_length``."""
     learnable: bool
+    folded: tuple[str, ...]
+    """Names of the weights that the padding's factor went into."""
     effect: str | None
     """What a start from RoPE does to the model's function, in one line."""
     seconds: float
@@ -98,8 +104,15 @@ def convert(
     )
     left = leftovers(target)
     removed = _removed(checkpoint, plan.old)
-    parts = [] if plan.new is None else list(new_parts(checkpoint, plan.old, plan.new))
-    written = writing.write(checkpoint, target, plan.args, removed, parts, link=link)
+    parts: Iterable[Part] = [] if plan.new is None else list(new_parts(checkpoint, plan.old, plan.new))
+    source_state, weights = checkpoint, {}
+    if plan.folds and plan.new is not None:
+        weights = folded_weights(checkpoint, plan.new)
+        removed += [*weights, *filter(is_optimizer, checkpoint.metadata.state_dict_metadata)]
+        parts = itertools.chain(parts, folded_parts(checkpoint, weights))
+        common = {name: value for name, value in checkpoint.common.items() if name != "optimizer"}
+        source_state = dataclasses.replace(checkpoint, common=common)
+    written = writing.write(source_state, target, plan.args, removed, parts, link=link)
     return Conversion(
         **vars(written),
         target=target,
@@ -107,6 +120,7 @@ def convert(
         position_embedding_type=(before[0], position_embedding_type),
         train_length=(before[1], train_length_of(plan.args)),
         learnable=plan.new is not None and plan.new.learnable,
+        folded=tuple(weights),
         effect=plan.effect,
         seconds=time.monotonic() - began,
         leftovers=tuple(left),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,8 @@ class Settings:
     """None: the source is a RoPE model."""
     new: FoPEConfig | None
     """None: the result is a RoPE model."""
+    folds: bool = False
+    """Whether the padding's factor goes into the weights."""
     effect: str | None = None
     """What a start from RoPE does to the model's function, in one line."""
 
@@ -85,6 +88,16 @@ def plan(
     args.position_embedding_type, args.add_position_embedding = FOPE, False
     if getattr(args, "multi_latent_attention", False):
         args.rope_type = ROPE  # lengths are extended by FoPE's own settings
+    folds, stored = bool(given.get("fold_padding")), checkpoint.args
+    if folds and old is not None:
+        if old.pad_value != "0,1":
+            raise UserError(
+                f"--fope-fold-padding is given, but SOURCE {str(checkpoint.folder)!r} has --fope-pad-value "
+                f"{old.pad_value}; requires 0,1"
+            )
+        given = {"pad_value": "1,1"} | given
+        stored = argparse.Namespace(**vars(stored) | {"fope_pad_value": given["pad_value"]})
+        old = dataclasses.replace(old, pad_value=given["pad_value"])
     for field in FIELDS:
         value = given.get(field.name)
         if value is None and old is not None:
@@ -95,10 +108,12 @@ def plan(
         new, effect = _start(checkpoint, args, start)
     else:
         new = fope_config_from_args(args)
-        Grow(args, checkpoint.args, "SOURCE", _number(checkpoint)).check_model()
+        Grow(args, stored, "SOURCE", _number(checkpoint)).check_model()
     _refuse_optimizer_of_learnable(checkpoint, new)
     resolve_fope_arguments(args, new)
-    return Settings(args, old, new, effect)
+    if folds and checkpoint.has_optimizer:
+        args.no_save_optim = True  # the states are left out: they belong to the weights as they were
+    return Settings(args, old, new, folds, effect)
 
 
 def _start(checkpoint: Checkpoint, args: Any, start: str | None) -> tuple[FoPEConfig, str]:

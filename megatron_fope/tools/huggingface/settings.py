@@ -203,7 +203,7 @@ def _rope_scaling(args: Any) -> dict[str, Any]:
 
 
 def fope_settings(source: Checkpoint, where: str) -> FoPEConfig:
-    """FoPE's settings of a checkpoint.
+    """FoPE's settings of a checkpoint, without the way that it came from RoPE.
 
     Raises:
         UserError: it is still being annealed, or a setting is not allowed.
@@ -211,7 +211,7 @@ def fope_settings(source: Checkpoint, where: str) -> FoPEConfig:
     step = source.iteration if isinstance(source.iteration, int) else 0
     if not is_annealed(source.args, step):
         raise UserError(f"{where}: its start from RoPE is still being annealed; finish it first")
-    return fope_config_of_checkpoint(source.args, source.args)
+    return fope_config_of_checkpoint(source.args, source.args).arrived
 
 
 def _fope(fope: FoPEConfig, config: dict[str, Any], family: Family) -> dict[str, Any]:
