@@ -223,7 +223,6 @@ def fope_of(config: dict[str, Any], where: str) -> FoPEConfig:
     settings = stored.get("settings") if isinstance(stored, dict) else None
     kinds = get_type_hints(FoPEConfig)
     fields = {field.name: kinds[field.name] for field in dataclasses.fields(FoPEConfig)}
-    may_be_empty = {field.name for field in dataclasses.fields(FoPEConfig) if field.default == ""}
     if not isinstance(settings, dict) or not settings.keys() <= fields.keys():
         raise UserError(f"{where}: its config.json has no settings of FoPE that this version knows")
     if missing := fields.keys() - settings.keys():
@@ -234,15 +233,13 @@ def fope_of(config: dict[str, Any], where: str) -> FoPEConfig:
         value = settings[name]
         allowed = float | int if kind is float else kind
         is_bool = isinstance(value, bool)
-        empty = value == "" and name not in may_be_empty
-        if not isinstance(value, allowed) or is_bool != (kind is bool) or empty or _is_huge(value):
+        if not isinstance(value, allowed) or is_bool != (kind is bool) or _is_huge(value):
             raise UserError(f"{where}: FoPE's {name} in its config.json is {value!r}; requires another value")
     try:
-        fope = FoPEConfig.from_profile(**settings)
+        # Only models whose start from RoPE is over are exported; here it would begin anew.
+        return FoPEConfig.from_profile(**settings | dict.fromkeys(FoPEConfig.START))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    # Only models whose start from RoPE is over are exported; here it would begin anew.
-    return dataclasses.replace(fope, anneal_iters=0)
 
 
 def fope_flags(fope: FoPEConfig) -> list[str]:
