@@ -201,8 +201,10 @@ class FoPEConfig:
     @property
     def arrived(self) -> FoPEConfig:
         """The plain FoPE model, without the way it came from RoPE."""
-        fields = [field for field in dataclasses.fields(self) if field.name in self.START]
-        return dataclasses.replace(self, **{field.name: field.default for field in fields})
+        defaults: dict[str, Any] = {
+            field.name: field.default for field in dataclasses.fields(self) if field.name in self.START
+        }
+        return dataclasses.replace(self, **defaults)
 
     @property
     def pad(self) -> tuple[float, float]:
