@@ -12,13 +12,15 @@ KERNEL_TESTS := tests/kernels/test_triton_rotary.py tests/kernels/test_launch.py
 BY_FILE := --dist loadfile --no-loadscope-reorder
 export PYTHON TORCH_INDEX_URL VENV NEWEST
 
-.PHONY: help setup demo extend docs test test-fast test-newest test-vllm test-lm-eval coverage constraints \
-	layouts reshard bench bench-gpu test-gpu upstream-tests lint clean
+.PHONY: help setup demo extend real-model docs test test-fast test-newest test-vllm test-lm-eval coverage \
+	constraints layouts reshard bench bench-gpu test-gpu upstream-tests lint clean
 
 help:
 	@echo "make demo   train a RoPE and a FoPE twin, evaluate both up to 16x the training length"
 	@echo "            DEMO_ITERS=1000 DEMO_OUT=out/demo"
 	@echo "make extend  ways to a four times longer context, compared (an hour on 2 cores)"
+	@echo "make real-model  SmolLM2-135M continued with RoPE, YaRN and FoPE, and exported (some hours on 2 cores)"
+	@echo "            REAL_MODEL_SMALL=1 whether it runs; REAL_MODEL_OUT=out/real_model"
 	@echo "make test   the whole test suite"
 	@echo "make test-fast  its part that starts no training (a few minutes)"
 	@echo "make test-newest  the same with the newest release of everything, in .venv-newest"
@@ -46,6 +48,9 @@ demo: setup
 extend: setup
 	@$(BIN)/python examples/extend/run.py starts
 	@$(BIN)/python examples/extend/run.py growth
+
+real-model: setup
+	@$(BIN)/python examples/real_model/run.py
 
 test: setup
 	@$(BIN)/python -m pytest -n $(JOBS) $(BY_FILE) --durations=40
