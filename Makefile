@@ -12,8 +12,8 @@ KERNEL_TESTS := tests/kernels/test_triton_rotary.py tests/kernels/test_launch.py
 BY_FILE := --dist loadfile --no-loadscope-reorder
 export PYTHON TORCH_INDEX_URL VENV NEWEST
 
-.PHONY: help setup demo extend real-model docs test test-fast test-newest test-vllm test-lm-eval coverage \
-	constraints layouts reshard bench bench-gpu test-gpu upstream-tests lint clean
+.PHONY: help setup demo extend real-model docs test test-fast test-newest test-vllm test-bridge test-lm-eval \
+	coverage constraints layouts reshard bench bench-gpu test-gpu upstream-tests lint clean
 
 help:
 	@echo "make demo   train a RoPE and a FoPE twin, evaluate both up to 16x the training length"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-fast  its part that starts no training (a few minutes)"
 	@echo "make test-newest  the same with the newest release of everything, in .venv-newest"
 	@echo "make test-vllm  exported models in vLLM on the CPU, in .venv-vllm, which it makes first"
+	@echo "make test-bridge  Megatron-Bridge (Python 3.12), the same way"
 	@echo "make test-lm-eval  a local task in lm_eval, the same way"
 	@echo "make coverage  the whole test suite, and what part of the package it runs, subprocesses included"
 	@echo "make constraints VENV=.venv-newest  after it: keep these versions for all other commands"
@@ -64,6 +65,10 @@ test-newest:
 test-vllm: setup
 	@bash .ci/setup-extra vllm
 	@$(BIN)/python -m pytest -s tests/serving/test_vllm.py
+
+test-bridge: setup
+	@bash .ci/setup-extra bridge
+	@$(BIN)/python -m pytest -s tests/serving/test_bridge.py
 
 test-lm-eval: setup
 	@bash .ci/setup-extra lm-eval
