@@ -167,6 +167,7 @@ def test_every_setting_has_a_documented_flag() -> None:
     configs = {name: FoPEConfig.from_profile(name, train_length=64).to_dict() for name in PROFILES}
     assert configs["paper"]["profile"] == "paper"
     elsewhere = {"train_length": "--seq-length", "num_inv_freq": "by the floor"}
+    elsewhere |= dict.fromkeys(("anneal_clip", "anneal_padding", "anneal_series"), "all")
     for name in fields:
         action = actions[flag(name)]
         assert action.default is None and action.dest == f"fope_{name}"
