@@ -120,7 +120,7 @@ def _provider_class() -> type:
                 raise ValueError(f"position_embedding_type is {self.position_embedding_type!r}; use 'none'")
             if self.mtp_num_layers:
                 raise ValueError(f"mtp_num_layers is {self.mtp_num_layers}; FoPE folders have none")
-            given: Any = self.transformer_layer_spec
+            given: Any = self.transformer_layer_spec  # type: ignore[has-type]  # a field of the base
             fope = FoPEConfig(**self.fope)
             self.transformer_layer_spec = functools.partial(_layer_spec, given=given, fope=fope)
             try:
