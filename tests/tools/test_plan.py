@@ -445,7 +445,6 @@ def test_bad_clusters_are_refused_before_torch_is_imported() -> None:
     code = f"""
 import sys
 from megatron_fope.tools.cli import main
-from megatron_fope.tools.planning import host
 for words in {
         [
             ["plan", *text.split(), *([] if text == CLUSTER else ["--", "--swiglu"])]
