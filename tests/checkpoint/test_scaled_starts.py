@@ -13,6 +13,7 @@ import pytest
 import torch
 from forks import Launcher
 from launch import LATENT
+from megatron_logits import megatron_logits
 from trainer import FOPE, SHARP, Run, Trainer
 
 from megatron_fope.tools.conversion.converter import convert
@@ -110,27 +111,6 @@ TRANSFORMERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 """FoPE's settings, and what transformers calls the same."""
 
-LOGITS = """
-import sys
-import torch
-from megatron_fope.training.launch import prepare
-tokens = torch.load({tokens!r})
-positions = torch.arange(tokens.size(1)).expand_as(tokens).contiguous()
-found = []
-for folder in {folders!r}:
-    sys.argv = ["megatron-fope", "--load", folder, "--no-load-optim", "--no-load-rng"]
-    sys.argv += ["--micro-batch-size", "1", "--transformer-impl", "local"]
-    prepare(cpu=True)
-    from megatron_fope.tools.evaluation.model import load_model, unload_models
-    (model,) = load_model(folder)
-    with torch.no_grad():
-        found.append(model(tokens, positions, None))
-    del model
-    unload_models()
-torch.save(found, {logits!r})
-raise SystemExit(0)
-"""
-
 
 @pytest.mark.parametrize("family", ["GQA", "qk-norm"])
 def test_transformers_computes_the_same(
@@ -142,17 +122,14 @@ def test_transformers_computes_the_same(
     folder = trained[family].folder
     out = export(folder, tmp_path / "hf").folder
     tokens = torch.randint(0, 257, (2, 256), generator=torch.Generator().manual_seed(1))
-    torch.save(tokens, tmp_path / "tokens.pt")
     started = [
         convert(
             folder, tmp_path / name, start="function-preserving", anneal_iters=9, train_length=256, **settings
         ).target
         for name, (settings, _) in TRANSFORMERS.items()
     ]
-    files = {"tokens": str(tmp_path / "tokens.pt"), "logits": str(tmp_path / "logits.pt")}
-    names = [str(made) for made in started]
-    launcher.output(1, [], tmp_path / "log", hook=LOGITS.format(folders=names, **files))
-    for (name, (_, rope)), ours in zip(TRANSFORMERS.items(), torch.load(files["logits"]), strict=True):
+    computed = megatron_logits(launcher, started, tokens, tmp_path)
+    for (name, (_, rope)), ours in zip(TRANSFORMERS.items(), computed, strict=True):
         scaled = {"rope_parameters": {"rope_theta": 10000.0, **rope}}
         model = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager", **scaled)
         with torch.no_grad():

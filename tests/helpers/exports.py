@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from forks import Launcher
+from megatron_logits import loaded
 from torch import Tensor
 from trainer import FOPE, SHARP, Trainer
 
@@ -36,32 +37,6 @@ MODELS = {
 }
 """Flags of models: Llama, Qwen3, Mixtral, Qwen3-MoE and Qwen2 on Hugging Face."""
 
-_REFERENCE = """
-import sys
-sys.argv = ["megatron-fope", "--load", {checkpoint!r}, "--no-load-optim", "--no-load-rng"]
-sys.argv += ["--micro-batch-size", "1", "--tensor-model-parallel-size", "1", "--transformer-impl", "local"]
-sys.argv += ["--make-vocab-size-divisible-by", "512"]
-import torch
-from megatron_fope.training.launch import prepare
-prepare(cpu=True)
-from megatron_fope.tools.evaluation.model import load_model
-(model,) = load_model({checkpoint!r})
-
-@torch.no_grad()
-def logits(tokens):
-    positions = torch.arange(tokens.size(1)).expand_as(tokens).contiguous()
-    return model(tokens, positions, None)[..., :{vocabulary}].float()
-
-found = []
-for prompt in torch.load({prompts!r}):
-    text = prompt[None]
-    for _ in range({generated}):
-        text = torch.cat((text, logits(text)[:, -1:].argmax(-1)), dim=1)
-    found.append((logits(text)[0], text[0, len(prompt):]))
-torch.save(found, {found!r})
-raise SystemExit(0)
-"""
-
 
 @dataclass(frozen=True)
 class Exported:
@@ -77,12 +52,26 @@ def reference(
     launcher: Launcher, checkpoint: Path, prompts: Sequence[Tensor], generated: int, folder: Path
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """What Megatron computes on one rank: for every prompt, its logits and the likeliest tokens after it."""
-    torch.save(list(prompts), folder / "prompts.pt")
-    paths = {"prompts": str(folder / "prompts.pt"), "found": str(folder / "found.pt")}
-    hook = _REFERENCE.format(checkpoint=str(checkpoint), vocabulary=VOCABULARY, generated=generated, **paths)
-    launcher.output(1, [], folder / "log", hook=hook)
-    found = torch.load(folder / "found.pt")
-    return [(prompt, *computed) for prompt, computed in zip(prompts, found, strict=True)]
+    found = folder / "found.pt"
+    call = (_generate, str(checkpoint), list(prompts), generated, str(found))
+    code, text = launcher.call(*call, log=folder / "log")
+    assert code == 0, text[-6000:]
+    return [(prompt, *computed) for prompt, computed in zip(prompts, torch.load(found), strict=True)]
+
+
+def _generate(checkpoint: str, prompts: list[Tensor], generated: int, found: str) -> None:
+    with loaded(checkpoint, "--make-vocab-size-divisible-by", "512") as compute:
+
+        def logits(tokens: Tensor) -> Tensor:
+            return compute(tokens)[..., :VOCABULARY].float()
+
+        answers = []
+        for prompt in prompts:
+            text = prompt[None]
+            for _ in range(generated):
+                text = torch.cat((text, logits(text)[:, -1:].argmax(-1)), dim=1)
+            answers.append((logits(text)[0], text[0, len(prompt) :]))
+    torch.save(answers, found)
 
 
 def make_exports(

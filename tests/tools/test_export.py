@@ -17,6 +17,7 @@ import torch
 from differences import keep
 from forks import Launcher
 from launch import ROOT
+from megatron_logits import megatron_logits
 from synthetic import SyntheticCheckpoint
 from trainer import FOPE, TP2, Trainer
 
@@ -69,22 +70,6 @@ ROWS = {
 """What they are called in the table of ``tests/agreement.py``."""
 COMPLETE = {"untie_embeddings_and_output_weights": True, "ffn_hidden_size": 256, "layernorm_epsilon": 1e-5}
 """What a synthetic checkpoint lacks of a Llama's arguments."""
-REFERENCE = """
-import sys
-sys.argv = ["megatron-fope", "--load", {folder!r}, "--no-load-optim", "--no-load-rng"]
-sys.argv += ["--micro-batch-size", "1", "--tensor-model-parallel-size", "1", "--transformer-impl", "local"]
-sys.argv += ["--make-vocab-size-divisible-by", "512"]
-import torch
-from megatron_fope.training.launch import prepare
-prepare(cpu=True)
-from megatron_fope.tools.evaluation.model import load_model
-(model,) = load_model({folder!r})
-tokens = torch.load({tokens!r})
-positions = torch.arange(tokens.size(1)).expand_as(tokens).contiguous()
-with torch.no_grad():
-    torch.save(model(tokens, positions, None), {logits!r})
-raise SystemExit(0)
-"""
 
 
 def llama(folder: Path, **changes: Any) -> SyntheticCheckpoint:
@@ -97,13 +82,16 @@ def llama(folder: Path, **changes: Any) -> SyntheticCheckpoint:
 def cases(trainer: Trainer, launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every model trained, computed by Megatron and exported; the file that ``export_checks.py`` reads."""
     made, listed = tmp_path_factory.mktemp("exports"), {}
-    torch.save(
-        torch.randint(0, 257, (2, 160), generator=torch.Generator().manual_seed(1)), made / "tokens.pt"
-    )
-    for name, (ranks, flags) in MODELS.items():
-        folder = trainer.run(f"export-{name}", *LLAMA, *flags, "--train-iters", "2", nproc=ranks).folder
+    folders = {
+        name: trainer.run(f"export-{name}", *LLAMA, *flags, "--train-iters", "2", nproc=ranks).folder
+        for name, (ranks, flags) in MODELS.items()
+    }
+    tokens = torch.randint(0, 257, (2, 160), generator=torch.Generator().manual_seed(1))
+    padding = ("--make-vocab-size-divisible-by", "512")
+    computed = megatron_logits(launcher, list(folders.values()), tokens, made, *padding)
+    for (name, folder), logits in zip(folders.items(), computed, strict=True):
         files = {"tokens": str(made / "tokens.pt"), "logits": str(made / f"{name}.pt")}
-        launcher.output(1, [], made / "log", hook=REFERENCE.format(folder=str(folder), **files))
+        torch.save(logits, files["logits"])
         out = export(folder, made / name, shard_size="200KB").folder
         kind = "rope" if name == "rope" else "fope"
         assert (out / "modeling_fope.py").exists() == (kind != "rope")

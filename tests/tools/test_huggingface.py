@@ -11,6 +11,7 @@ import pytest
 import torch
 from differences import keep, relative_difference
 from forks import Launcher
+from megatron_logits import megatron_logits
 from safetensors.torch import load_file, save_file
 
 from megatron_fope import UserError
@@ -69,22 +70,6 @@ BATCH = (
     *("--train-iters", "1", "--lr", "0", "--min-lr", "0", "--weight-decay", "0", "--eval-iters", "0"),
     *("--eval-interval", "100", "--log-interval", "1", "--mock-data", "--finetune", "--no-save-optim"),
 )
-LOGITS = """
-import sys
-sys.argv = ["megatron-fope", "--load", {folder!r}, "--no-load-optim", "--no-load-rng"]
-sys.argv += ["--micro-batch-size", "1", "--tensor-model-parallel-size", "1", "--transformer-impl", "local"]
-sys.argv += {flags!r}
-import torch
-from megatron_fope.training.launch import prepare
-prepare(cpu=True)
-from megatron_fope.tools.evaluation.model import load_model
-(model,) = load_model({folder!r})
-tokens = torch.load({tokens!r})
-positions = torch.arange(tokens.size(1)).expand_as(tokens).contiguous()
-with torch.no_grad():
-    torch.save(model(tokens, positions, None), {logits!r})
-raise SystemExit(0)
-"""
 
 
 def make(folder: Path, family: str, **changes: Any) -> Path:
@@ -125,17 +110,10 @@ def test_megatron_computes_what_transformers_does(
     _, source, made = imported
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     tokens = torch.randint(0, model.config.vocab_size, (2, 96), generator=torch.Generator().manual_seed(1))
-    torch.save(tokens, tmp_path / "tokens.pt")
-    hook = LOGITS.format(
-        folder=str(made.folder),
-        tokens=str(tmp_path / "tokens.pt"),
-        logits=str(tmp_path / "logits.pt"),
-        flags=made.flags,
-    )
-    launcher.output(1, [], tmp_path / "log", hook=hook)
+    (found,) = megatron_logits(launcher, [made.folder], tokens, tmp_path, *made.flags)
     with torch.no_grad():
         expected = model(tokens).logits
-    found = torch.load(tmp_path / "logits.pt")[..., : expected.size(-1)]
+    found = found[..., : expected.size(-1)]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
     family = request.node.callspec.params["imported"]
     keep(family, "in", "1", transformers.__version__, relative_difference(found, expected))
