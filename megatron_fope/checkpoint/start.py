@@ -424,10 +424,7 @@ class Grow(Start):
 
 def _schedule(config: FoPEConfig) -> str:
     """The flags of a gradual start that are not at their defaults."""
-    fields = [field for field in dataclasses.fields(config) if field.name in FoPEConfig.START]
-    values = {flag(field.name): getattr(config, field.name) for field in fields}
-    defaults = {flag(field.name): field.default for field in fields}
-    given = {name: value for name, value in values.items() if value != defaults[name]}
+    given = {flag(name): value for name, (value, _) in config.differences(config.arrived).items()}
     return " ".join(name if value is True else f"{name} {value}" for name, value in given.items())
 
 

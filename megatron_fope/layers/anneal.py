@@ -28,7 +28,7 @@ that was captured before the end keeps computing the longer series until the job
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +92,7 @@ def current_weight(anneal_iters: int) -> float:
 
 @contextmanager
 def training_step(
-    model: Iterable[torch.nn.Module], iteration: int, args: Any, geometry: Geometry
+    model: Iterable[torch.nn.Module], iteration: int, args: Any, geometry: Callable[[], Geometry]
 ) -> Iterator[None]:
     """Around one training step: the weights of its iteration inside, those of the next one afterwards.
 
@@ -100,15 +100,15 @@ def training_step(
         model: the chunks that are trained.
         iteration: iterations done before.
         args: Megatron's arguments.
-        geometry: FoPE's.
+        geometry: gives FoPE's; asked before the end only.
     """
-    total = geometry.config.anneal_iters
+    total = args.fope_anneal_iters
     _progress.completed = iteration
     if current_weight(total) == 1.0:
         yield
         return
     advance(iteration, model)
-    shares = _shares(geometry)
+    shares = _shares(geometry())
     yield
     advance(iteration + 1, model)
     _log(iteration + 1, shares, args)

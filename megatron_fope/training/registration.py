@@ -303,7 +303,10 @@ def _wrap_train_step(original: Callable) -> Callable:
         call = signature.bind(*given, **kwargs).arguments
         iteration = call.get("iteration")
         iteration = args.curr_iteration if iteration is None else iteration
-        geometry = Geometry(fope_config_from_args(args), head_dim_of(args))
+
+        def geometry() -> Geometry:
+            return Geometry(fope_config_from_args(args), head_dim_of(args))
+
         with anneal.training_step(call["model"], iteration, args, geometry):
             return original(*given, **kwargs)
 
